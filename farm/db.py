@@ -1,0 +1,72 @@
+"""The way to Postgres: one engine a process, transaction(), and the named statements of farm/sql."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+from sqlalchemy import Engine, TextClause, create_engine, text
+from sqlalchemy.exc import DBAPIError, OperationalError, TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
+
+from farm.errors import DatabaseAway, Misconfigured
+from farm.settings import settings
+
+SQL = Path(__file__).parent / "sql"
+
+
+@cache
+def sql(name: str) -> TextClause:
+    """The statement in farm/sql/{name}.sql."""
+    return text((SQL / f"{name}.sql").read_text())
+
+
+def engine() -> Engine:
+    """This process's engine: a child of a fork gets its own, sockets are not shared."""
+    return _engine(os.getpid(), settings().database_url.get_secret_value())
+
+
+@cache
+def _engine(pid: int, url: str) -> Engine:
+    del pid
+    if not url:
+        raise Misconfigured("FARM_DATABASE_URL is not set", setting="FARM_DATABASE_URL")
+    return create_engine(
+        url.replace("postgresql://", "postgresql+psycopg://", 1),
+        pool_size=settings().pool_size,
+        max_overflow=0,
+        pool_timeout=5,
+        pool_pre_ping=True,
+        connect_args={
+            "connect_timeout": 3,
+            "options": "-c timezone=UTC -c idle_in_transaction_session_timeout=60000",
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 15000,
+        },
+    )
+
+
+@contextmanager
+def transaction() -> Iterator[Session]:
+    """Commit what the block did, or nothing of it.
+
+    Raises DatabaseAway if Postgres cannot be reached or went away in the middle.
+    """
+    try:
+        with Session(engine(), expire_on_commit=False) as db, db.begin():
+            yield db
+    except PoolTimeout as e:
+        raise DatabaseAway("all database connections are busy") from e
+    except DBAPIError as e:
+        if e.connection_invalidated or (isinstance(e, OperationalError) and _is_away(e)):
+            raise DatabaseAway from e
+        raise
+
+
+def _is_away(error: OperationalError) -> bool:
+    state = getattr(error.orig, "sqlstate", None)
+    # no state: never connected; 08: connection; 57P: shutting down or starting; 53300: too many connections
+    return state is None or state.startswith(("08", "57P")) or state == "53300"

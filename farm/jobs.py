@@ -1,0 +1,470 @@
+"""Jobs: submit, find, list, and the verbs that work on a whole job at once."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from enum import StrEnum
+from typing import Annotated, Any, Self
+from uuid import UUID
+
+import psycopg
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from sqlalchemy import func, select, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from farm import events, ids, pricing
+from farm.accounts import Caller
+from farm.catalog import Catalog, Model, catalog
+from farm.db import sql
+from farm.errors import Conflict, Fault, Gone, Invalid, NotFound
+from farm.queue import FrameStatus
+from farm.settings import settings
+from farm.spec import (
+    PRIORITIES,
+    Asked,
+    Priority,
+    PriorityNumber,
+    Spec,
+    call_key,
+    fingerprint,
+    quantity,
+    random_seed,
+    resolve,
+    seeds,
+    shape_key,
+    work,
+)
+from farm.tables import Count, Frame, IdempotencyKey, Image, Job, JobKey, JobLane
+
+MAX_SPECS = 1000
+
+
+class JobStatus(StrEnum):
+    """What is stored; what is shown says queued or running for active."""
+
+    STAGED = "staged"
+    ACTIVE = "active"
+    PAUSED = "paused"
+    CANCELLED = "cancelled"
+    FINISHED = "finished"
+
+
+class Submission(BaseModel):
+    """A job as it is sent: one spec or many."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    spec: Asked | None = Field(None, description="what to render; this or specs")
+    specs: Annotated[list[Asked], Field(min_length=1, max_length=MAX_SPECS)] | None = None
+    priority: PriorityNumber = Field(
+        PRIORITIES[Priority.STANDARD],
+        description="0 to 9, 9 most urgent; or urgent (9), standard (5), bulk (1)",
+        examples=["standard"],
+    )
+    name: Annotated[str, Field(strict=True, min_length=1, max_length=200, pattern=r"^[^\x00]*$")] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.spec is None) == (self.specs is None):
+            raise ValueError("send either spec or specs")
+        return self
+
+    def asked(self) -> list[tuple[str, Asked]]:
+        """Each spec with its path in the body."""
+        if self.spec is not None:
+            return [("spec", self.spec)]
+        return [(f"specs[{k}]", a) for k, a in enumerate(self.specs or [])]
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A job as it is shown: its row, and how many of its frames are where."""
+
+    id: UUID
+    name: str | None
+    status: str
+    priority: int
+    frames: int
+    queued: int
+    running: int
+    done: int
+    failed: int
+    cancelled: int
+    currency: str
+    quoted: Decimal
+    held: Decimal
+    charged: Decimal
+    created_at: datetime
+    ended_at: datetime | None
+
+
+@dataclass(slots=True)
+class _Draft:
+    """What a submission becomes: frames, and the distinct keys they carry by number."""
+
+    frames: list[tuple[Spec, str, int, int, Model]] = field(default_factory=list)  # spec, its JSON, seed, key_no, model
+    keys: dict[str, tuple[int, Spec, Model]] = field(default_factory=dict)
+
+    def add(self, spec: Spec, model: Model, first_seed: int, count: int) -> None:
+        key_no = self.keys.setdefault(call_key(spec, model), (len(self.keys), spec, model))[0]
+        as_json = json.dumps(spec.to_json())
+        self.frames.extend((spec, as_json, seed, key_no, model) for seed in seeds(first_seed, count))
+
+
+def submit(
+    db: Session,
+    caller: Caller,
+    submission: Submission,
+    *,
+    idempotency_key: str | None = None,
+    body_sha256: bytes = b"",
+    models: Catalog | None = None,
+) -> tuple[UUID, bool]:
+    """Accept a job: hold, keys, frames and event in this one transaction. Wake its models after the commit.
+
+    Returns its id, and False if it had been accepted before under this idempotency key.
+    Raises Invalid naming each field that is not allowed, Conflict if the same key is being used just now.
+    """
+    if idempotency_key is not None and (earlier := _earlier(db, caller, idempotency_key, body_sha256)):
+        return earlier, False
+    draft = _draft(submission, models or catalog())
+    methods = {model.name: model.price.method for _, _, model in draft.keys.values()}
+    rates = pricing.current(db, account_id=caller.account_id, currency=caller.currency, models=methods)
+    job_id = ids.new_id(ids.clock_ms(db))
+    _insert_job(db, caller, submission, job_id, draft, rates)
+    _copy_frames(db, caller, job_id, draft, rates)
+    if idempotency_key is not None:
+        db.add(
+            IdempotencyKey(
+                account_id=caller.account_id, key=idempotency_key, body_sha256=body_sha256, job_id=job_id
+            )
+        )
+    events.record(
+        db,
+        "job.accepted",
+        account_id=caller.account_id,
+        job_id=job_id,
+        data={"frames": len(draft.frames), "priority": submission.priority},
+    )
+    db.flush()
+    db.execute(sql("open_lanes"), {"jobs": [job_id]})
+    return job_id, True
+
+
+def _earlier(db: Session, caller: Caller, key: str, body_sha256: bytes) -> UUID | None:
+    try:
+        db.execute(text("SET LOCAL lock_timeout = '5s'"))
+        db.execute(
+            text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"),
+            {"key": f"{caller.account_id}/{key}"},
+        )
+    except OperationalError as e:
+        if isinstance(e.orig, psycopg.errors.LockNotAvailable):
+            raise Conflict("a request with this Idempotency-Key is being worked on", key=key) from e
+        raise
+    row = db.get(IdempotencyKey, (caller.account_id, key))
+    if row is None:
+        return None
+    if row.body_sha256 != body_sha256:
+        raise Invalid([Fault("Idempotency-Key", key, "it came before with another body; use another key")])
+    return row.job_id
+
+
+def _draft(submission: Submission, models: Catalog) -> _Draft:
+    """Raises Invalid with the faults of every spec."""
+    draft, faults, total = _Draft(), [], 0
+    for path, asked in submission.asked():
+        spec = resolve(asked, models, path=path)
+        total += asked.count
+        if isinstance(spec, list):
+            faults.extend(spec)
+        elif total <= settings().max_count:
+            first = random_seed() if asked.seed is None else asked.seed
+            draft.add(spec, models[spec.model], first, asked.count)
+        else:
+            faults.append(
+                Fault(f"{path}.count", asked.count, f"allowed are {settings().max_count} images in all")
+            )
+            break
+    if faults:
+        raise Invalid(faults)
+    return draft
+
+
+def _insert_job(
+    db: Session,
+    caller: Caller,
+    submission: Submission,
+    job_id: UUID,
+    draft: _Draft,
+    rates: Mapping[str, pricing.Rate],
+) -> None:
+    per_key = [0] * len(draft.keys)
+    for _, _, _, key_no, _ in draft.frames:
+        per_key[key_no] += 1
+    quoted = pricing.total(
+        rates[model.name].amount(per_key[no] * quantity(spec, rates[model.name].method))
+        for no, spec, model in draft.keys.values()
+    )
+    job = Job(
+        id=job_id,
+        account_id=caller.account_id,
+        api_key_id=caller.key_id,
+        name=submission.name,
+        status=JobStatus.ACTIVE,
+        priority=submission.priority,
+        runnable=True,
+        frames=len(draft.frames),
+        currency=caller.currency,
+        quoted=quoted,
+        held=quoted,
+    )
+    db.add(job)
+    db.flush()
+    names = sorted({model.name for _, _, model in draft.keys.values()})
+    db.add_all(
+        JobLane(job_id=job_id, model=name, account_id=caller.account_id, priority=job.priority, runnable=True)
+        for name in names
+    )
+    db.flush()
+    db.add_all(
+        JobKey(
+            job_id=job_id,
+            key_no=no,
+            model=model.name,
+            account_id=caller.account_id,
+            shape_key=shape_key(spec, model),
+            call_key=key,
+            pixels=spec.width * spec.height,
+        )
+        for key, (no, spec, model) in draft.keys.items()
+    )
+    db.flush()
+
+
+COPY = (
+    "COPY frames (id, job_id, index, key_no, account_id, status, seed, work, quantity, price_id, fingerprint, spec)"
+    " FROM STDIN"
+)
+
+
+def _copy_frames(
+    db: Session, caller: Caller, job_id: UUID, draft: _Draft, rates: Mapping[str, pricing.Rate]
+) -> None:
+    raw = db.connection().connection.driver_connection
+    assert isinstance(raw, psycopg.Connection)
+    with raw.cursor() as cursor, cursor.copy(COPY) as copy:
+        for index, (spec, as_json, seed, key_no, model) in enumerate(draft.frames):
+            rate = rates[model.name]
+            copy.write_row(
+                (
+                    ids.frame_id(job_id, index),
+                    job_id,
+                    index,
+                    key_no,
+                    caller.account_id,
+                    FrameStatus.QUEUED.value,
+                    seed,
+                    work(spec, model),
+                    quantity(spec, rate.method),
+                    rate.price_id,
+                    fingerprint(spec, model, seed),
+                    as_json,
+                )
+            )
+
+
+# ------------------------------------------------------------------------------------------------ to look at
+
+
+def find(db: Session, account_id: UUID, job_id: UUID) -> JobView:
+    """One of the account's jobs.
+
+    Raises NotFound for another account's as for one that does not exist.
+    """
+    views = _views(db, select(Job).where(Job.id == job_id, Job.account_id == account_id))
+    if not views:
+        raise NotFound(job=ids.public("job", job_id))
+    return views[0]
+
+
+def every(
+    db: Session, account_id: UUID, *, before: UUID | None = None, key: str | None = None, limit: int = 50
+) -> list[JobView]:
+    """An account's jobs, newest first; those older than `before`, or the one of an idempotency key."""
+    query = select(Job).where(Job.account_id == account_id)
+    if before is not None:
+        query = query.where(Job.id < before)
+    if key is not None:
+        query = query.join(IdempotencyKey, IdempotencyKey.job_id == Job.id).where(
+            IdempotencyKey.account_id == account_id, IdempotencyKey.key == key
+        )
+    return _views(db, query.order_by(Job.id.desc()).limit(limit))
+
+
+def _views(db: Session, query: Any) -> list[JobView]:
+    jobs: Sequence[Job] = db.scalars(query).all()
+    wanted = [j.id for j in jobs]
+    ended = {
+        r.job_id: r
+        for r in db.execute(
+            select(
+                Count.job_id,
+                func.sum(Count.done).label("done"),
+                func.sum(Count.failed).label("failed"),
+                func.sum(Count.cancelled).label("cancelled"),
+                func.sum(Count.charged).label("charged"),
+                func.coalesce(func.sum(Count.freed).filter(~Count.folded), 0).label("freed"),
+            )
+            .where(Count.job_id.in_(wanted))
+            .group_by(Count.job_id)
+        )
+    }
+    running = dict(
+        db.execute(
+            select(Frame.job_id, func.count())
+            .where(Frame.pack_id.is_not(None), Frame.job_id.in_(wanted))
+            .group_by(Frame.job_id)
+        )
+        .tuples()
+        .all()
+    )
+    return [_view(j, ended.get(j.id), running.get(j.id, 0)) for j in jobs]
+
+
+def _view(job: Job, ended: Any, running: int) -> JobView:
+    done, failed, cancelled = (int(getattr(ended, n, 0) or 0) for n in ("done", "failed", "cancelled"))
+    status: str = job.status
+    if job.status == JobStatus.CANCELLED:  # the verb touched the job alone: its frames follow
+        running, cancelled = 0, job.frames - done - failed
+    elif job.status == JobStatus.ACTIVE:
+        status = "running" if running or done or failed else "queued"
+    return JobView(
+        id=job.id,
+        name=job.name,
+        status=status,
+        priority=job.priority,
+        frames=job.frames,
+        queued=job.frames - done - failed - cancelled - running,
+        running=running,
+        done=done,
+        failed=failed,
+        cancelled=cancelled,
+        currency=job.currency,
+        quoted=job.quoted,
+        held=job.held - (ended.freed if ended is not None else 0),
+        charged=ended.charged if ended is not None else Decimal(0),
+        created_at=job.created_at,
+        ended_at=job.ended_at,
+    )
+
+
+def frames_of(
+    db: Session, job_id: UUID, *, first: int = 0, limit: int = 100, status: FrameStatus | None = None
+) -> Sequence[Frame]:
+    """A job's frames from an index on, in order. Find the job first: this looks at no account."""
+    query = select(Frame).where(
+        Frame.job_id == job_id, Frame.id >= ids.frame_id(job_id, first), Frame.id <= ids.last_frame_id(job_id)
+    )
+    if status is not None:
+        query = query.where(Frame.status == status)
+    return db.scalars(query.order_by(Frame.id).limit(limit)).all()
+
+
+def find_frame(db: Session, account_id: UUID, frame_id: UUID) -> Frame:
+    """One of the account's frames, by its id; of a job and index, by ids.frame_id().
+
+    Raises NotFound for another account's as for one that does not exist.
+    """
+    frame = db.scalar(select(Frame).where(Frame.id == frame_id, Frame.account_id == account_id))
+    if frame is None:
+        raise NotFound(frame=ids.public("frm", frame_id))
+    return frame
+
+
+def shown_status(frame: Frame, job_cancelled: bool) -> str:
+    """A frame's status as it is shown: an open frame of a cancelled job is cancelled already."""
+    return FrameStatus.CANCELLED if job_cancelled and frame.ended_at is None else frame.status
+
+
+def image_of(db: Session, frame: Frame) -> Image:
+    """A frame's image.
+
+    Raises Conflict while there is none yet, Gone if there will be none.
+    """
+    if frame.image_id is not None:
+        return db.get_one(Image, frame.image_id)
+    name = ids.public("frm", frame.id)
+    if frame.ended_at is not None:
+        raise Gone(f"this frame ended as {frame.status}", frame=name, reason=frame.reason)
+    raise Conflict(f"this frame has no image yet: it is {frame.status}", frame=name)
+
+
+# ------------------------------------------------------------------------------------------------ verbs
+
+
+def cancel(db: Session, account_id: UUID, job_id: UUID) -> None:
+    """Stop what is queued, now; what is on a device ends unbilled unless it was settled first."""
+    job = _locked(db, account_id, job_id)
+    if job.status == JobStatus.CANCELLED:
+        return
+    _refuse_ended(job)
+    job.status, job.runnable = JobStatus.CANCELLED, False
+    events.record(db, "job.cancelled", account_id=account_id, job_id=job_id)
+
+
+def pause(db: Session, account_id: UUID, job_id: UUID) -> None:
+    """Hand out no further frame; those on a device are finished."""
+    job = _locked(db, account_id, job_id)
+    if job.status == JobStatus.PAUSED:
+        return
+    _refuse_ended(job)
+    job.status, job.runnable = JobStatus.PAUSED, False
+    events.record(db, "job.paused", account_id=account_id, job_id=job_id)
+
+
+def resume(db: Session, account_id: UUID, job_id: UUID) -> list[str]:
+    """Hand out frames again. Returns the models to wake after the commit."""
+    job = _locked(db, account_id, job_id)
+    if job.status == JobStatus.ACTIVE:
+        return []
+    _refuse_ended(job)
+    job.status, job.runnable = JobStatus.ACTIVE, True
+    events.record(db, "job.resumed", account_id=account_id, job_id=job_id)
+    return _reopen(db, job_id)
+
+
+def reprioritise(db: Session, account_id: UUID, job_id: UUID, priority: int) -> list[str]:
+    """Move a job to another class: its next frame is handed out as such. Returns the models to wake."""
+    job = _locked(db, account_id, job_id)
+    _refuse_ended(job)
+    if job.priority == priority:
+        return []
+    job.priority = priority
+    events.record(db, "job.reprioritised", account_id=account_id, job_id=job_id, data={"priority": priority})
+    return _reopen(db, job_id)
+
+
+def _reopen(db: Session, job_id: UUID) -> list[str]:
+    db.flush()
+    return sorted(r.model for r in db.execute(sql("open_lanes"), {"jobs": [job_id]}))
+
+
+def _locked(db: Session, account_id: UUID, job_id: UUID) -> Job:
+    """The job, locked against settling: whichever commits first, wins."""
+    job = db.scalar(select(Job).where(Job.id == job_id, Job.account_id == account_id).with_for_update())
+    if job is None:
+        raise NotFound(job=ids.public("job", job_id))
+    return job
+
+
+def _refuse_ended(job: Job) -> None:
+    if job.status in (JobStatus.CANCELLED, JobStatus.FINISHED):
+        raise Conflict(f"this job is {job.status}", job=ids.public("job", job.id), status=job.status)
+
+
+def models_of(db: Session, job_id: UUID) -> list[str]:
+    return list(db.scalars(select(JobLane.model).where(JobLane.job_id == job_id).order_by(JobLane.model)))

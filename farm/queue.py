@@ -1,0 +1,296 @@
+"""Who works on which frame. This module alone writes frames.status.
+
+A frame:
+
+    staged ─ ─ ▶ waiting ─ ─ ▶ ┌────────┐  claim_pack  ┌─────────┐   settle    ┌──────┐
+    (bulk, not   (on an equal  │ queued │ ───────────▶ │ claimed │ ──────────▶ │ done │ billed
+    approved)    frame)        └────────┘              └─────────┘             └──────┘
+                                 │    ▲     release,      │  │ └─ ─ ─ ─ ─ ─ ▶ rejected (by a check)
+                                 │    └── fail, reclaim ──┘  │
+                          cancel │       (then a suspect,    ├──────────────▶ failed, after three packs
+                                 ▼        claimed alone)     │                that it took down alone
+                             cancelled ◀─────────────────────┘
+
+A job (its verbs stand in jobs.py):   staged ─ ─ ▶ active ⇄ paused,  both ──▶ finished or cancelled
+
+Dashed: a place kept for later. What ended stays as it is; the database refuses anything else.
+
+A pack is the fence: settle, fail and release touch a frame only while frames.pack_id is that pack. What a
+worker does too late is left out, without an error. Everybody locks in the same order: packs, jobs, frames,
+job_keys, job_lanes, lanes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from farm.catalog import PackLimit
+from farm.db import sql
+from farm.settings import settings
+from farm.spec import Spec
+from farm.tables import Pack
+
+
+class FrameStatus(StrEnum):
+    STAGED = "staged"
+    WAITING = "waiting"
+    QUEUED = "queued"
+    CLAIMED = "claimed"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
+
+
+class Outcome(StrEnum):
+    """How a pack ended."""
+
+    SETTLED = "settled"
+    FAILED = "failed"
+    LOST = "lost"
+    RELEASED = "released"
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedFrame:
+    id: UUID
+    job_id: UUID
+    index: int
+    key_no: int
+    account_id: UUID
+    seed: int
+    work: int
+    spec: Spec
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedPack:
+    """Frames that are one worker's until the lease runs out. Its id is the fence."""
+
+    id: int
+    worker: str
+    model: str
+    call_key: str
+    priority: int
+    aged: bool
+    full: bool
+    lease_until: datetime
+    frames: tuple[ClaimedFrame, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFrame:
+    """A frame whose image is in the store, and what settle needs to know of it."""
+
+    frame_id: UUID
+    job_id: UUID
+    pack_id: int
+    key: str
+    format: str
+    sha256: bytes
+    pixel_sha256: bytes
+    bytes: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What became of stored frames; those in neither list had been lost to somebody else."""
+
+    done: frozenset[UUID]
+    cancelled: frozenset[UUID]
+
+
+def claim_pack(
+    db: Session, *, models: Sequence[str], worker: str, limits: Mapping[str, PackLimit], ageing: bool = True
+) -> tuple[ClaimedPack | None, int]:
+    """Claim the next pack of these models, and say how many lanes turned out to be empty on the way.
+
+    limits: what a pack of each model may hold. ageing: a lane unserved too long may come before its class.
+    The empty lanes want retire(), in a transaction of its own.
+    """
+    head = db.execute(
+        sql("head"), {"models": list(models), "ageing": ageing, "ageing_s": settings().ageing_s}
+    ).first()
+    if head is None:
+        return None, -1
+    limit = limits[head.model]
+    frames = max(1, min(limit.frames, limit.pixels // head.pixels))
+    rows = db.execute(
+        sql("claim"),
+        {
+            "model": head.model,
+            "priority": head.priority,
+            "account_id": head.account_id,
+            "call_key": head.call_key,
+            "frame_id": head.frame_id,
+            "alone": head.suspect,
+            "frames": frames,
+            "worker": worker,
+            "lease_s": settings().lease_s,
+        },
+    ).all()
+    taken = tuple(
+        ClaimedFrame(r.id, r.job_id, r.index, r.key_no, r.account_id, r.seed, r.work, Spec.from_json(r.spec))
+        for r in rows
+    )
+    _close_emptied(db, taken)
+    return ClaimedPack(
+        id=rows[0].pack_id,
+        worker=worker,
+        model=head.model,
+        call_key=head.call_key,
+        priority=head.priority,
+        aged=head.aged,
+        full=len(taken) == frames,
+        lease_until=rows[0].lease_until,
+        frames=taken,
+    ), (0 if head.aged else head.rank - 1)
+
+
+def _close_emptied(db: Session, taken: Sequence[ClaimedFrame]) -> None:
+    """Close the keys, and then the job lanes, that this claim emptied: the next head need not look there."""
+    pairs = sorted({(f.job_id, f.key_no) for f in taken})
+    emptied = db.execute(sql("close_keys"), _columns(("jobs", "keys"), pairs)).all()
+    if not emptied:
+        return
+    lanes = db.execute(sql("close"), _columns(("jobs", "keys"), emptied)).all()
+    if lanes:
+        db.execute(sql("close_lanes"), _columns(("jobs", "models"), lanes))
+
+
+def retire(db: Session, *, models: Sequence[str], stale: int) -> int:
+    """Make lanes inactive that hold no queued frame; stale < 0 looks at all. Returns how many it looked at."""
+    lanes = db.execute(sql("lock_lanes"), {"models": list(models), "n": stale if stale >= 0 else 1000}).all()
+    if lanes:
+        db.execute(sql("retire"), _columns(("models", "priorities", "accounts"), lanes))
+    return len(lanes)
+
+
+def extend(db: Session, *, worker: str, packs: Sequence[int]) -> dict[int, frozenset[UUID]]:
+    """Extend the leases of these packs; answers those still this worker's, with their cancelled frames."""
+    rows = db.execute(
+        sql("extend"), {"packs": list(packs), "worker": worker, "lease_s": settings().lease_s}
+    ).all()
+    return {r.pack_id: frozenset(r.cancelled) for r in rows}
+
+
+def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, int] | None = None) -> Settled:
+    """Book stored frames as done: image, charge, count and event in this one transaction.
+
+    gpu_ms: pack id → milliseconds on the device, written down when the pack closes. Call finish() with their
+    jobs afterwards, in a transaction of its own.
+    """
+    if not stored:
+        return Settled(frozenset(), frozenset())
+    frames = [s.frame_id for s in stored]
+    rows = db.execute(
+        sql("settle"),
+        {
+            "frames": frames,
+            "first": min(frames),
+            "last": max(frames),
+            "packs": [s.pack_id for s in stored],
+            "jobs": sorted({s.job_id for s in stored}),
+            "keys": [s.key for s in stored],
+            "formats": [s.format for s in stored],
+            "sha256s": [s.sha256 for s in stored],
+            "pixel_sha256s": [s.pixel_sha256 for s in stored],
+            "sizes": [s.bytes for s in stored],
+            "widths": [s.width for s in stored],
+            "heights": [s.height for s in stored],
+        },
+    ).all()
+    for pack in sorted({s.pack_id for s in stored}):
+        _close_packs(db, [pack], Outcome.SETTLED, gpu_ms=(gpu_ms or {}).get(pack))
+    return Settled(
+        frozenset(r.id for r in rows if not r.cancelled), frozenset(r.id for r in rows if r.cancelled)
+    )
+
+
+def finish(db: Session, jobs: Sequence[UUID]) -> None:
+    """End the jobs whose frames have all ended. The sweep does it too; this only is sooner."""
+    db.execute(sql("finish"), {"jobs": list(jobs)})
+
+
+def fail(db: Session, pack: int, reason: str, *, frames: Sequence[UUID] | None = None) -> int:
+    """Give back frames of a pack that failed, all of them if none are named; those claimed alone are blamed.
+
+    Returns how many came back or ended.
+    """
+    return _give_back(db, [pack], Outcome.FAILED, reason=reason, frames=frames)
+
+
+def release(db: Session, packs: Sequence[int], *, frames: Sequence[UUID] | None = None) -> int:
+    """Give back frames without blame: a draining worker's, or those of a pack nobody wants any more."""
+    return _give_back(db, packs, Outcome.RELEASED, frames=frames)
+
+
+def reclaim(db: Session, *, limit: int = 100) -> int:
+    """Take back the frames of packs whose lease ran out. Returns how many packs were lost."""
+    lost = db.scalars(
+        select(Pack.id)
+        .where(Pack.closed_at.is_(None), Pack.lease_until < func.clock_timestamp())
+        .order_by(Pack.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True, key_share=True)
+    ).all()
+    if lost:
+        _give_back(db, lost, Outcome.LOST, reason="the worker was lost while it rendered this frame alone")
+    return len(lost)
+
+
+def cancel_queued(db: Session, *, limit: int = 5000) -> int:
+    """End queued frames of cancelled jobs. Returns how many."""
+    return db.scalar(sql("cancel_frames"), {"n": limit}) or 0
+
+
+def _give_back(
+    db: Session,
+    packs: Sequence[int],
+    outcome: Outcome,
+    *,
+    reason: str | None = None,
+    frames: Sequence[UUID] | None = None,
+) -> int:
+    held = db.scalars(
+        select(Pack.id)
+        .where(Pack.id.in_(packs), Pack.closed_at.is_(None))
+        .order_by(Pack.id)
+        .with_for_update(key_share=True)
+    ).all()
+    rows = db.execute(
+        sql("give_back"),
+        {
+            "packs": held,
+            "frames": None if frames is None else list(frames),
+            "blame": outcome is not Outcome.RELEASED,
+            "max_attempts": settings().max_attempts,
+            "reason": reason,
+        },
+    ).all()
+    _close_packs(db, held, outcome)
+    back = [r for r in rows if r.status == FrameStatus.QUEUED]
+    if back:
+        db.execute(sql("open_keys"), _columns(("jobs", "keys"), [(r.job_id, r.key_no) for r in back]))
+        jobs = sorted({r.job_id for r in back})
+        db.execute(sql("open_job_lanes"), {"jobs": jobs})
+        db.execute(sql("open_lanes"), {"jobs": jobs})
+    return len(rows)
+
+
+def _close_packs(db: Session, packs: Sequence[int], outcome: Outcome, *, gpu_ms: int | None = None) -> None:
+    if packs:
+        db.execute(sql("close_packs"), {"packs": list(packs), "outcome": outcome, "gpu_ms": gpu_ms})
+
+
+def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
+    """Rows as one array a column, for unnest()."""
+    return {name: [row[k] for row in rows] for k, name in enumerate(names)}

@@ -1,0 +1,97 @@
+-- Claim one pack: the head frame and its kin, up to :frames of them. First from the head's own lane, then from
+-- any runnable job with the same key, oldest first; a suspect alone. Both searches look at 256 jobs at most.
+--
+-- SKIP LOCKED: two workers neither wait for nor get the same frame. Lanes are locked in the order of their
+-- keys before they are charged: bumped in no order they gave 10 deadlocks in 20,000 frames (DESIGN.md).
+-- UPDATE by id = ANY(ARRAY(…)): as a join the planner guessed thousands of rows and read the whole table.
+-- The bounds on id keep it within the partitions at hand. Reads job_lanes_head_idx, job_keys_call_idx,
+-- frames_queued_idx.
+WITH own AS MATERIALIZED (
+    SELECT f.id, f.account_id, j.priority
+    FROM (
+        SELECT jl.priority, k.job_id, k.key_no
+        FROM job_lanes AS jl
+        JOIN job_keys AS k ON k.job_id = jl.job_id AND k.call_key = :call_key AND k.open
+        WHERE jl.model = :model AND jl.priority = :priority AND jl.account_id = :account_id
+          AND jl.runnable AND jl.open
+        ORDER BY jl.job_id
+        LIMIT 256
+    ) AS j
+    CROSS JOIN LATERAL (
+        SELECT f.id, f.account_id
+        FROM frames AS f
+        WHERE f.job_id = j.job_id AND f.key_no = j.key_no AND f.status = 'queued' AND NOT f.suspect
+          AND f.id > j.job_id AND f.id <= last_frame_id(j.job_id)
+        ORDER BY f.id
+        LIMIT :frames
+        FOR UPDATE SKIP LOCKED
+    ) AS f
+    WHERE NOT :alone
+    LIMIT :frames
+), others AS MATERIALIZED (
+    SELECT f.id, f.account_id, j.priority
+    FROM (
+        SELECT jl.priority, k.job_id, k.key_no
+        FROM job_keys AS k
+        JOIN job_lanes AS jl ON jl.job_id = k.job_id AND jl.model = k.model AND jl.runnable
+        WHERE k.call_key = :call_key AND k.open
+          AND (jl.account_id, jl.priority) <> (:account_id, :priority)
+        ORDER BY k.job_id
+        LIMIT 256
+    ) AS j
+    CROSS JOIN LATERAL (
+        SELECT f.id, f.account_id
+        FROM frames AS f
+        WHERE f.job_id = j.job_id AND f.key_no = j.key_no AND f.status = 'queued' AND NOT f.suspect
+          AND f.id > j.job_id AND f.id <= last_frame_id(j.job_id)
+        ORDER BY f.id
+        LIMIT :frames
+        FOR UPDATE SKIP LOCKED
+    ) AS f
+    WHERE NOT :alone
+    LIMIT greatest(0, :frames - (SELECT count(*) FROM own))
+), picked AS MATERIALIZED (
+    SELECT id, account_id, priority FROM own
+    UNION ALL
+    SELECT id, account_id, priority FROM others
+    UNION ALL
+    SELECT CAST(:frame_id AS uuid), CAST(:account_id AS uuid), CAST(:priority AS smallint) WHERE :alone
+), pack AS (
+    INSERT INTO packs (worker, model, call_key, priority, frames, work, lease_until)
+    SELECT :worker, :model, :call_key, :priority, count(*), sum(f.work),
+           clock_timestamp() + make_interval(secs => :lease_s)
+    FROM frames AS f
+    WHERE f.id = ANY (ARRAY (SELECT id FROM picked))
+      AND f.id >= (SELECT id FROM picked ORDER BY id LIMIT 1)
+      AND f.id <= (SELECT id FROM picked ORDER BY id DESC LIMIT 1)
+    HAVING count(*) > 0
+    RETURNING id, lease_until
+), taken AS (
+    UPDATE frames AS f
+    SET status = 'claimed', pack_id = (SELECT id FROM pack)
+    WHERE f.id = ANY (ARRAY (SELECT id FROM picked))
+      AND f.id >= (SELECT id FROM picked ORDER BY id LIMIT 1)
+      AND f.id <= (SELECT id FROM picked ORDER BY id DESC LIMIT 1)
+    RETURNING f.id, f.job_id, f.index, f.key_no, f.account_id, f.seed, f.work, f.spec
+), cost AS (
+    SELECT p.priority, p.account_id, sum(t.work) / a.weight AS served
+    FROM taken AS t
+    JOIN picked AS p ON p.id = t.id
+    JOIN accounts AS a ON a.id = t.account_id
+    GROUP BY p.priority, p.account_id, a.weight
+), locked AS MATERIALIZED (
+    SELECT l.priority, l.account_id
+    FROM lanes AS l
+    WHERE l.model = :model AND (l.priority, l.account_id) IN (SELECT priority, account_id FROM cost)
+    ORDER BY l.priority, l.account_id
+    FOR NO KEY UPDATE
+), charged AS (
+    UPDATE lanes AS l
+    SET served = l.served + c.served, waiting_at = clock_timestamp()
+    FROM cost AS c, locked AS k
+    WHERE l.model = :model AND l.priority = c.priority AND l.account_id = c.account_id
+      AND k.priority = c.priority AND k.account_id = c.account_id
+)
+SELECT pack.id AS pack_id, pack.lease_until, t.*
+FROM taken AS t CROSS JOIN pack
+ORDER BY t.id

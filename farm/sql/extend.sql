@@ -1,0 +1,12 @@
+-- Extend the leases of a worker's open packs; answer which of them it still has, and which of their frames
+-- belong to a cancelled job. Reads the packs' key and frames_pack_idx.
+WITH mine AS (
+    UPDATE packs
+    SET lease_until = clock_timestamp() + make_interval(secs => :lease_s)
+    WHERE id = ANY (CAST(:packs AS bigint[])) AND worker = :worker AND closed_at IS NULL
+    RETURNING id
+)
+SELECT mine.id AS pack_id,
+       ARRAY (SELECT f.id FROM frames AS f JOIN jobs AS j ON j.id = f.job_id
+              WHERE f.pack_id = mine.id AND j.status = 'cancelled') AS cancelled
+FROM mine

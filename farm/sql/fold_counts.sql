@@ -1,0 +1,25 @@
+-- Fold up to :n deltas of ended frames, each job's into one row, and lower its hold by what they freed.
+-- The jobs in the order of their ids, SKIP LOCKED: a fold never waits, and never makes a settle wait long.
+WITH due AS MATERIALIZED (
+    SELECT id FROM jobs
+    WHERE id IN (SELECT job_id FROM counts WHERE NOT folded ORDER BY id LIMIT :n)
+    ORDER BY id
+    FOR NO KEY UPDATE SKIP LOCKED
+), taken AS (
+    DELETE FROM counts WHERE job_id IN (SELECT id FROM due)
+    RETURNING job_id, done, failed, cancelled, charged, freed, folded
+), total AS MATERIALIZED (
+    SELECT job_id, sum(done) AS done, sum(failed) AS failed, sum(cancelled) AS cancelled,
+           sum(charged) AS charged, sum(freed) AS freed,
+           coalesce(sum(freed) FILTER (WHERE NOT folded), 0) AS freed_now
+    FROM taken
+    GROUP BY job_id
+), put AS (
+    INSERT INTO counts (job_id, done, failed, cancelled, charged, freed, folded)
+    SELECT job_id, done, failed, cancelled, charged, freed, true FROM total
+)
+UPDATE jobs AS j
+SET held = j.held - t.freed_now
+FROM total AS t
+WHERE j.id = t.job_id
+RETURNING j.id

@@ -1,0 +1,73 @@
+-- Settle stored frames: done, image, charge, counts and event, or none of them.
+--
+-- The fence: a frame counts only while it is claimed by the pack it was rendered in. What is not is left out here
+-- and not returned; its file is an orphan. Amounts come from the rows frozen at admission.
+-- Locks, in this order everywhere: packs, jobs, frames. The job's KEY SHARE lock conflicts with cancel's UPDATE lock:
+-- whichever commits first wins; frames of a cancelled job end as cancelled, unbilled.
+WITH stored AS MATERIALIZED (
+    SELECT *
+    FROM unnest(CAST(:frames AS uuid[]), CAST(:packs AS bigint[]), CAST(:keys AS text[]), CAST(:formats AS text[]),
+                CAST(:sha256s AS bytea[]), CAST(:pixel_sha256s AS bytea[]), CAST(:sizes AS integer[]),
+                CAST(:widths AS integer[]), CAST(:heights AS integer[]))
+         AS s (frame_id, pack_id, key, format, sha256, pixel_sha256, bytes, width, height)
+), held AS MATERIALIZED (
+    SELECT id FROM packs
+    WHERE id = ANY (CAST(:packs AS bigint[])) AND closed_at IS NULL
+    ORDER BY id
+    FOR NO KEY UPDATE
+), job AS MATERIALIZED (
+    SELECT id, status FROM jobs
+    WHERE id = ANY (CAST(:jobs AS uuid[])) AND (SELECT count(*) FROM held) > 0
+    ORDER BY id
+    FOR KEY SHARE
+), mine AS MATERIALIZED (
+    SELECT f.id, f.job_id, f.index, f.key_no, f.account_id, f.quantity, f.price_id, f.pack_id, s.key,
+           job.status = 'cancelled' AS cancelled
+    FROM frames AS f
+    JOIN stored AS s ON s.frame_id = f.id AND s.pack_id = f.pack_id
+    JOIN job ON job.id = f.job_id
+    WHERE f.id = ANY (CAST(:frames AS uuid[])) AND f.id >= CAST(:first AS uuid) AND f.id <= CAST(:last AS uuid)
+      AND f.status = 'claimed' AND f.pack_id IN (SELECT id FROM held)
+    ORDER BY f.id
+    FOR NO KEY UPDATE OF f
+), image AS (
+    INSERT INTO images AS i (account_id, key, format, sha256, pixel_sha256, bytes, width, height)
+    SELECT DISTINCT ON (s.key) m.account_id, s.key, s.format, s.sha256, s.pixel_sha256, s.bytes, s.width, s.height
+    FROM mine AS m JOIN stored AS s ON s.frame_id = m.id
+    WHERE NOT m.cancelled
+    ORDER BY s.key
+    ON CONFLICT (key) DO UPDATE SET bytes = i.bytes -- the same bytes: only to have its id
+    RETURNING i.id, i.key
+), ended AS (
+    UPDATE frames AS f
+    SET status = CASE WHEN m.cancelled THEN 'cancelled' ELSE 'done' END,
+        image_id = (SELECT i.id FROM image AS i WHERE i.key = m.key AND NOT m.cancelled),
+        pack_id = NULL, suspect = false, ended_at = clock_timestamp()
+    FROM mine AS m
+    WHERE f.id = ANY (CAST(:frames AS uuid[])) AND f.id >= CAST(:first AS uuid) AND f.id <= CAST(:last AS uuid)
+      AND m.id = f.id
+), charge AS MATERIALIZED (
+    SELECT m.*, k.model, p.method, p.currency, p.rate,
+           m.quantity * p.rate * CASE p.method WHEN 'mpx_step' THEN 0.00000095367431640625 ELSE 1 END AS amount
+    FROM mine AS m
+    JOIN prices AS p ON p.id = m.price_id
+    JOIN job_keys AS k ON k.job_id = m.job_id AND k.key_no = m.key_no
+), booked AS (
+    INSERT INTO usage (frame_id, account_id, job_id, model, method, currency, price_id, rate, quantity, amount, pack_id)
+    SELECT id, account_id, job_id, model, method, currency, price_id, rate, quantity, amount, pack_id
+    FROM charge WHERE NOT cancelled
+    ORDER BY id
+), counted AS (
+    INSERT INTO counts (job_id, done, cancelled, charged, freed)
+    SELECT job_id, count(*) FILTER (WHERE NOT cancelled), count(*) FILTER (WHERE cancelled),
+           coalesce(sum(amount) FILTER (WHERE NOT cancelled), 0), sum(amount)
+    FROM charge
+    GROUP BY job_id
+), told AS (
+    INSERT INTO outbox (account_id, job_id, frame_id, kind, data)
+    SELECT account_id, job_id, id, CASE WHEN cancelled THEN 'frame.cancelled' ELSE 'frame.done' END,
+           jsonb_build_object('index', index)
+    FROM charge
+    ORDER BY id
+)
+SELECT id, cancelled FROM mine

@@ -1,0 +1,396 @@
+"""The job database's columns and keys, for the ORM. Checks and triggers stand in migrations/."""
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    Boolean,
+    DateTime,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Numeric,
+    SmallInteger,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB, TSTZRANGE, ExcludeConstraint, Range
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+NOW = func.now()
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "pk": "%(table_name)s_pkey",
+            "uq": "%(table_name)s_%(column_0_N_name)s_key",
+            "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+        }
+    )
+    type_annotation_map = {
+        bool: Boolean,
+        bytes: LargeBinary,
+        datetime: DateTime(timezone=True),
+        Decimal: Numeric,
+        dict[str, Any]: JSONB,
+        int: Integer,
+        list[str]: ARRAY(Text),
+        str: Text,
+        UUID: Uuid,
+    }
+
+
+class Account(Base):
+    """Who pays."""
+
+    __tablename__ = "accounts"
+    __table_args__ = (UniqueConstraint("id", "currency"),)
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    currency: Mapped[str]
+    weight: Mapped[int] = mapped_column(server_default=text("1"))
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class ApiKey(Base):
+    """How an account proves itself; the secret is computed, not stored."""
+
+    __tablename__ = "api_keys"
+    __table_args__ = (Index("api_keys_account_idx", "account_id"),)
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    role: Mapped[str]
+    version: Mapped[int] = mapped_column(server_default=text("1"))
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    revoked_at: Mapped[datetime | None]
+
+
+class PriceBook(Base):
+    """Prices of one model by one method in one currency: one account's, or everybody's."""
+
+    __tablename__ = "price_books"
+    __table_args__ = (
+        UniqueConstraint("account_id", "model", "method", "currency", postgresql_nulls_not_distinct=True),
+        UniqueConstraint("id", "method", "currency"),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    account_id: Mapped[UUID | None] = mapped_column(ForeignKey("accounts.id"))
+    model: Mapped[str]
+    method: Mapped[str]
+    currency: Mapped[str]
+
+
+class PriceRow(Base):
+    """A dated rate; it never changes."""
+
+    __tablename__ = "prices"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["book_id", "method", "currency"], ["price_books.id", "price_books.method", "price_books.currency"]
+        ),
+        UniqueConstraint("id", "method", "currency", "rate"),
+        ExcludeConstraint(
+            (text("int4range(book_id, book_id, '[]')"), "&&"),
+            ("valid", "&&"),
+            name="prices_int4range_valid_excl",
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    book_id: Mapped[int]
+    method: Mapped[str]
+    currency: Mapped[str]
+    rate: Mapped[Decimal]
+    valid: Mapped[Range[datetime]] = mapped_column(TSTZRANGE)
+
+
+class Job(Base):
+    """One submission: its priority, its pause and its cancel; its frames follow."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        ForeignKeyConstraint(["account_id", "currency"], ["accounts.id", "accounts.currency"]),
+        UniqueConstraint("id", "account_id", "priority", "runnable"),
+        Index("jobs_account_idx", "account_id", "id"),
+        Index("jobs_open_idx", "id", postgresql_where=text("ended_at IS NULL")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID]
+    api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id"))
+    name: Mapped[str | None]
+    status: Mapped[str]
+    priority: Mapped[int] = mapped_column(SmallInteger)
+    runnable: Mapped[bool]
+    frames: Mapped[int]
+    currency: Mapped[str]
+    quoted: Mapped[Decimal]
+    held: Mapped[Decimal]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    ended_at: Mapped[datetime | None]
+
+
+class JobLane(Base):
+    """A job's place in a lane, one for each of its models."""
+
+    __tablename__ = "job_lanes"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["job_id", "account_id", "priority", "runnable"],
+            ["jobs.id", "jobs.account_id", "jobs.priority", "jobs.runnable"],
+            onupdate="CASCADE",
+            ondelete="CASCADE",
+        ),
+        UniqueConstraint("job_id", "model", "account_id"),
+        Index(
+            "job_lanes_head_idx",
+            "model", "priority", "account_id", "job_id",
+            postgresql_where=text("runnable AND open"),
+        ),
+    )  # fmt: skip
+
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID]
+    priority: Mapped[int] = mapped_column(SmallInteger)
+    runnable: Mapped[bool]
+    open: Mapped[bool] = mapped_column(server_default=text("true"))
+
+
+class JobKey(Base):
+    """One distinct key of a job's frames."""
+
+    __tablename__ = "job_keys"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["job_id", "model", "account_id"],
+            ["job_lanes.job_id", "job_lanes.model", "job_lanes.account_id"],
+            ondelete="CASCADE",
+        ),
+        UniqueConstraint("job_id", "key_no", "account_id"),
+        UniqueConstraint("job_id", "call_key"),
+        Index("job_keys_open_idx", "job_id", "model", "key_no", postgresql_where=text("open")),
+        Index("job_keys_call_idx", "call_key", "job_id", "key_no", postgresql_where=text("open")),
+    )
+
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    key_no: Mapped[int] = mapped_column(primary_key=True)
+    model: Mapped[str]
+    account_id: Mapped[UUID]
+    shape_key: Mapped[str]
+    call_key: Mapped[str]
+    pixels: Mapped[int]
+    open: Mapped[bool] = mapped_column(server_default=text("true"))
+
+
+class IdempotencyKey(Base):
+    """The job a submission was answered with."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (
+        Index("idempotency_keys_created_idx", "created_at"),
+        Index("idempotency_keys_job_idx", "job_id"),
+    )
+
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    body_sha256: Mapped[bytes]
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class Count(Base):
+    """Frames that ended, as deltas; their sum is a job's counts."""
+
+    __tablename__ = "counts"
+    __table_args__ = (
+        Index("counts_job_idx", "job_id"),
+        Index("counts_unfolded_idx", "id", postgresql_where=text("NOT folded")),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    done: Mapped[int] = mapped_column(server_default=text("0"))
+    failed: Mapped[int] = mapped_column(server_default=text("0"))
+    cancelled: Mapped[int] = mapped_column(server_default=text("0"))
+    charged: Mapped[Decimal] = mapped_column(server_default=text("0"))
+    freed: Mapped[Decimal] = mapped_column(server_default=text("0"))
+    folded: Mapped[bool] = mapped_column(server_default=text("false"))
+
+
+class Lane(Base):
+    """(model, priority, account), and the work it was served."""
+
+    __tablename__ = "lanes"
+    __table_args__ = (Index("lanes_active_idx", "model", "priority", postgresql_where=text("active")),)
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    priority: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"), primary_key=True)
+    served: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    active: Mapped[bool]
+    waiting_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class Worker(Base):
+    """One process on one GPU."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    pool: Mapped[str]
+    models: Mapped[list[str]]
+    device: Mapped[str]
+    state: Mapped[str]
+    started_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    seen_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class Pack(Base):
+    """Frames claimed together: fence and lease."""
+
+    __tablename__ = "packs"
+    __table_args__ = (
+        Index("packs_open_idx", "lease_until", postgresql_where=text("closed_at IS NULL")),
+        Index("packs_worker_idx", "worker", postgresql_where=text("closed_at IS NULL")),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    worker: Mapped[str]
+    model: Mapped[str]
+    call_key: Mapped[str]
+    priority: Mapped[int] = mapped_column(SmallInteger)
+    frames: Mapped[int]
+    work: Mapped[int] = mapped_column(BigInteger)
+    claimed_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    lease_until: Mapped[datetime]
+    gpu_ms: Mapped[int | None]
+    outcome: Mapped[str | None]
+    closed_at: Mapped[datetime | None]
+
+
+class Image(Base):
+    """The stored file."""
+
+    __tablename__ = "images"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    key: Mapped[str] = mapped_column(unique=True)
+    format: Mapped[str]
+    sha256: Mapped[bytes]
+    pixel_sha256: Mapped[bytes]
+    bytes: Mapped[int]
+    width: Mapped[int]
+    height: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class Frame(Base):
+    """One image of a job: the unit of retry and of billing. Only queue.py writes its status."""
+
+    __tablename__ = "frames"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["job_id", "key_no", "account_id"], ["job_keys.job_id", "job_keys.key_no", "job_keys.account_id"]
+        ),
+        Index("frames_queued_idx", "job_id", "key_no", "id", postgresql_where=text("status = 'queued'")),
+        Index("frames_pack_idx", "pack_id", postgresql_where=text("pack_id IS NOT NULL")),
+        {"postgresql_partition_by": "RANGE (id)"},
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    job_id: Mapped[UUID]
+    index: Mapped[int]
+    key_no: Mapped[int]
+    account_id: Mapped[UUID]
+    status: Mapped[str]
+    suspect: Mapped[bool] = mapped_column(server_default=text("false"))
+    attempts: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+    seed: Mapped[int] = mapped_column(BigInteger)
+    work: Mapped[int] = mapped_column(BigInteger)
+    quantity: Mapped[int] = mapped_column(BigInteger)
+    price_id: Mapped[int] = mapped_column(ForeignKey("prices.id"))
+    pack_id: Mapped[int | None] = mapped_column(BigInteger, ForeignKey("packs.id"))
+    image_id: Mapped[int | None] = mapped_column(BigInteger, ForeignKey("images.id"))
+    ended_at: Mapped[datetime | None]
+    reason: Mapped[str | None]
+    fingerprint: Mapped[bytes]
+    spec: Mapped[dict[str, Any]]
+
+
+class Usage(Base):
+    """What was used: a frame's charge (entry 0) or the reversal of it (entry 1)."""
+
+    __tablename__ = "usage"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["price_id", "method", "currency", "rate"],
+            ["prices.id", "prices.method", "prices.currency", "prices.rate"],
+        ),
+        Index("usage_account_idx", "account_id", "at"),
+        {"postgresql_partition_by": "RANGE (frame_id)"},
+    )
+
+    frame_id: Mapped[UUID] = mapped_column(primary_key=True)
+    entry: Mapped[int] = mapped_column(SmallInteger, primary_key=True, server_default=text("0"))
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    job_id: Mapped[UUID]
+    model: Mapped[str]
+    method: Mapped[str]
+    currency: Mapped[str]
+    price_id: Mapped[int]
+    rate: Mapped[Decimal]
+    quantity: Mapped[int] = mapped_column(BigInteger)
+    amount: Mapped[Decimal]
+    pack_id: Mapped[int | None] = mapped_column(BigInteger)
+    at: Mapped[datetime] = mapped_column(server_default=NOW)
+    statement_line: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class Outbox(Base):
+    """What happened, as it is written."""
+
+    __tablename__ = "outbox"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    account_id: Mapped[UUID]
+    job_id: Mapped[UUID]
+    frame_id: Mapped[UUID | None]
+    kind: Mapped[str]
+    data: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
+    at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class Event(Base):
+    """What happened, as it is read: in the order of its number."""
+
+    __tablename__ = "events"
+    __table_args__ = (
+        Index("events_job_idx", "job_id", "number"),
+        Index("events_account_idx", "account_id", "number"),
+        {"postgresql_partition_by": "RANGE (number)"},
+    )
+
+    number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    account_id: Mapped[UUID]
+    job_id: Mapped[UUID]
+    frame_id: Mapped[UUID | None]
+    kind: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    at: Mapped[datetime]

@@ -1,0 +1,227 @@
+"""Tiny random pipelines of real diffusers classes, saved as real checkpoints: a render takes milliseconds."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from farm.catalog import BUILTIN, Model, read
+
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+WIDTH = 32  # of every text encoder
+
+
+def tiny_model(path: Path, family: str = "sd", **changes: Any) -> Model:
+    """Save a tiny checkpoint of a family (sd, sdxl, sd3, flux1) and return its catalog entry."""
+    _SAVE[family](path)
+    entry = next(m for m in read(BUILTIN).values() if m.family == family).model_dump()
+    tiny = {
+        "name": f"tiny-{family}",
+        "source": f"dir:{path}",
+        "revision": "tiny",
+        "dtype": "float32",
+        "side": {"min": 16, "max": 256, "multiple": 16, "default": 32},
+        "guidance": {"min": 0.0, "max": 30.0, "default": 4.0},
+        "pack": {"frames": 8, "pixels": 8 * 64 * 64},
+    }
+    return Model(**{**entry, **tiny, **changes})
+
+
+def tiny_sd(path: Path, **unet: Any) -> Path:
+    torch.manual_seed(0)
+    return _save(
+        StableDiffusionPipeline(
+            unet=_unet(**unet),
+            vae=_vae(4),
+            text_encoder=_clip(CLIPTextModel),
+            tokenizer=_clip_tokenizer(),
+            scheduler=DPMSolverMultistepScheduler(**NOISE),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ),
+        path,
+    )
+
+
+def tiny_sdxl(path: Path, **unet: Any) -> Path:
+    torch.manual_seed(0)
+    xl = {
+        "cross_attention_dim": 2 * WIDTH,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+    }
+    return _save(
+        StableDiffusionXLPipeline(
+            unet=_unet(**{**xl, **unet}),
+            vae=_vae(4, force_upcast=True),
+            text_encoder=_clip(CLIPTextModel),
+            text_encoder_2=_clip(CLIPTextModelWithProjection),
+            tokenizer=_clip_tokenizer(),
+            tokenizer_2=_clip_tokenizer(),
+            scheduler=DPMSolverMultistepScheduler(**NOISE),
+            force_zeros_for_empty_prompt=True,
+        ),
+        path,
+    )
+
+
+def tiny_sd3(path: Path) -> Path:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=2 * WIDTH,  # both CLIPs side by side, and as wide as T5
+        caption_projection_dim=32,
+        pooled_projection_dim=2 * WIDTH,
+    )
+    return _save(
+        StableDiffusion3Pipeline(
+            transformer=transformer,
+            vae=_vae(4, shift_factor=0.06),
+            text_encoder=_clip(CLIPTextModelWithProjection),
+            text_encoder_2=_clip(CLIPTextModelWithProjection),
+            text_encoder_3=_t5(2 * WIDTH),
+            tokenizer=_clip_tokenizer(),
+            tokenizer_2=_clip_tokenizer(),
+            tokenizer_3=_t5_tokenizer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        ),
+        path,
+    )
+
+
+def tiny_flux(path: Path, *, guidance_embeds: bool = True) -> Path:
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,  # 4 latent channels, packed 2 × 2
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=guidance_embeds,
+    )
+    return _save(
+        FluxPipeline(
+            transformer=transformer,
+            vae=_vae(4, shift_factor=0.06),
+            text_encoder=_clip(CLIPTextModel),
+            text_encoder_2=_t5(WIDTH),
+            tokenizer=_clip_tokenizer(),
+            tokenizer_2=_t5_tokenizer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        ),
+        path,
+    )
+
+
+_SAVE: dict[str, Callable[[Path], Path]] = {
+    "sd": tiny_sd,
+    "sdxl": tiny_sdxl,
+    "sd3": tiny_sd3,
+    "flux1": tiny_flux,
+}
+
+
+def _save(pipe: Any, path: Path) -> Path:
+    pipe.save_pretrained(path, safe_serialization=True)
+    return path
+
+
+def _unet(**changes: Any) -> UNet2DConditionModel:
+    settings = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    return UNet2DConditionModel(**{**settings, **changes}).eval()
+
+
+def _vae(channels: int, **changes: Any) -> AutoencoderKL:
+    """The real class with the real factor of 8 between pixels and latents."""
+    return AutoencoderKL(
+        latent_channels=channels,
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        **changes,
+    ).eval()
+
+
+def _clip(kind: Any) -> Any:
+    return kind(
+        CLIPTextConfig(
+            vocab_size=514,
+            hidden_size=WIDTH,
+            projection_dim=WIDTH,
+            intermediate_size=37,
+            num_attention_heads=4,
+            num_hidden_layers=3,
+            max_position_embeddings=77,
+            bos_token_id=512,
+            eos_token_id=513,
+            pad_token_id=513,
+            hidden_act="gelu",
+        )
+    ).eval()
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    """Every byte a token, inside a word and at its end; no merges."""
+    letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    letters += [chr(256 + k) for k in range(256 - len(letters))]
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def _t5(width: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=128, d_model=width, d_ff=37, d_kv=8, num_heads=4, num_layers=2, dropout_rate=0.0)
+    ).eval()
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
+    return T5Tokenizer(vocab=[(p, -float(i)) for i, p in enumerate(pieces)], extra_ids=0, model_max_length=512)

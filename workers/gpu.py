@@ -1,0 +1,97 @@
+"""The device of this process, its memory, and what was learned about how much fits.
+
+One process has one device: CUDA_VISIBLE_DEVICES is set before torch is imported.
+"""
+
+import gc
+import os
+import platform
+from dataclasses import dataclass, field
+from typing import Any
+
+from farm.catalog import Model
+from farm.spec import Spec, shape_key
+
+GROW_AFTER = 20  # full packs in a row before one more frame is tried
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What an admin sees of a device."""
+
+    kind: str  # "cuda" or "cpu"
+    name: str
+    memory_bytes: int
+
+
+def device() -> str:
+    """Name the device engines run on here: "cuda" if there is one, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def describe() -> Device:
+    """Describe this process's device."""
+    import torch
+
+    if device() == "cuda":
+        facts: Any = torch.cuda.get_device_properties(0)
+        return Device("cuda", facts.name, facts.total_memory)
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device("cpu", platform.processor() or platform.machine(), memory_bytes)
+
+
+def limit_threads() -> None:
+    """Keep torch to one CPU thread: several workers on one machine otherwise slow each other down tenfold."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # for libraries that are not loaded yet
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def release() -> None:
+    """Give the memory of dropped tensors back to the device."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass(slots=True)
+class _Learned:
+    frames: int
+    full_packs: int = 0  # in a row since the last change
+
+
+@dataclass
+class Capacity:
+    """How many frames of a model and shape fit: the catalog's limit, or less where memory ran out."""
+
+    _learned: dict[str, _Learned] = field(default_factory=dict)
+
+    def frames(self, spec: Spec, model: Model) -> int:
+        """How many frames like this to render at once; at least 1."""
+        limit = _catalog_frames(spec, model)
+        learned = self._learned.get(shape_key(spec, model))
+        return min(limit, learned.frames) if learned else limit
+
+    def ran_out(self, spec: Spec, model: Model, *, frames: int) -> None:
+        """Halve the cap: a pack of this many frames ran out of memory."""
+        self._learned[shape_key(spec, model)] = _Learned(max(1, min(frames, self.frames(spec, model)) // 2))
+
+    def fitted(self, spec: Spec, model: Model, *, frames: int) -> None:
+        """Count a pack that fitted; after GROW_AFTER full ones try one frame more."""
+        learned = self._learned.get(shape_key(spec, model))
+        if learned is None or frames < learned.frames:
+            return
+        learned.full_packs += 1
+        if learned.full_packs >= GROW_AFTER:
+            learned.frames, learned.full_packs = learned.frames + 1, 0
+        if learned.frames >= _catalog_frames(spec, model):
+            del self._learned[shape_key(spec, model)]
+
+
+def _catalog_frames(spec: Spec, model: Model) -> int:
+    return max(1, min(model.pack.frames, model.pack.pixels // (spec.width * spec.height)))

@@ -1,0 +1,78 @@
+"""Train the starter model from nothing: `python -m workers.starter.train`.
+
+Stop it at any time; the same command goes on from the last checkpoint in --runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from workers.starter import clip_path, path
+from workers.starter.train_clip import train_clip
+from workers.starter.train_unet import new_sampler, train_unet
+from workers.starter.train_vae import train_vae
+from workers.starter.words import new_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/starter"), help="checkpoints")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
+
+    tokenizer = new_tokenizer()
+    vae = train_vae(options.runs)
+    clip = train_clip(options.runs, tokenizer)
+    write_clip(clip, tokenizer, clip_path())
+    denoiser = train_unet(options.runs, tokenizer, vae, clip)
+    write_model(denoiser, vae, tokenizer, path())
+
+
+def write_model(denoiser: nn.ModuleDict, vae: nn.Module, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write the pipeline's folder: halves for the denoiser, which is most of it, and floats for the rest."""
+    parts = {"unet": denoiser["unet"].half(), "text_encoder": denoiser["text"].half(), "vae": vae}
+    pipe = StableDiffusionPipeline(
+        **parts,
+        tokenizer=tokenizer,
+        scheduler=new_sampler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    part = folder.with_name(folder.name + ".part")
+    pipe.save_pretrained(part, safe_serialization=True)
+    _load_as_floats(part / "text_encoder" / "config.json")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def write_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write the CLIP's folder, with all that `CLIPProcessor.from_pretrained` needs."""
+    clip.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    half = [0.5, 0.5, 0.5]
+    size = {"height": 64, "width": 64}
+    CLIPImageProcessor(
+        size=size, crop_size=size, do_center_crop=False, image_mean=half, image_std=half
+    ).save_pretrained(folder)
+
+
+def _load_as_floats(config: Path) -> None:
+    # transformers gives a model the type its config names, whatever the file holds.
+    facts = json.loads(config.read_text())
+    facts["dtype"] = "float32"
+    config.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

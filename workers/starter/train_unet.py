@@ -1,0 +1,120 @@
+"""Step 3: the denoiser with its text encoder, on latents that are encoded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from workers.starter.pictures import Scene, caption, draw, imagine
+from workers.starter.train_clip import text_config
+from workers.starter.train_vae import encode, to_tensor
+from workers.starter.training import Course, fit
+
+STEPS = 4400
+BATCH = 48  # of 64x64; fewer of larger pictures, so that each step costs about the same
+WITHOUT_CAPTION = 0.1  # what guidance steers away from
+# (width, height): how many pictures, share of the steps
+SHARES = {
+    (64, 64): (20_000, 0.68),
+    (96, 96): (2_500, 0.10),
+    (128, 128): (1_500, 0.08),
+    (96, 64): (1_200, 0.05),
+    (64, 96): (1_200, 0.05),
+    (128, 96): (600, 0.02),
+    (96, 128): (600, 0.02),
+}
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Encoded pictures of one size and the scenes they show."""
+
+    latents: torch.Tensor  # scaled to unit variance; count, 4, height / 4, width / 4
+    scenes: list[Scene]
+
+
+def new_sampler() -> DPMSolverMultistepScheduler:
+    """DPM++ 2M. By the last time almost no signal is left (1 %): else white and black backgrounds come out grey.
+
+    Only settings that every sampler knows, so `from_config` carries them over to any other.
+    """
+    return DPMSolverMultistepScheduler(
+        beta_start=0.00085,
+        beta_end=0.022,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+        block_out_channels=[48, 128],
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=128,
+        attention_head_dim=4,  # diffusers means the number of heads
+    )
+
+
+def new_denoiser(tokenizer: CLIPTokenizer, clip: CLIPModel | None = None) -> nn.ModuleDict:
+    torch.manual_seed(3)
+    text = CLIPTextModel(text_config(tokenizer))
+    if clip is not None:
+        text.load_state_dict({k: v for k, v in clip.text_model.state_dict().items()}, strict=True)
+    return nn.ModuleDict({"unet": new_unet(), "text": text})
+
+
+def train_unet(folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip: CLIPModel) -> nn.ModuleDict:
+    """Train the denoiser and its text encoder, which starts as the CLIP's."""
+    denoiser = new_denoiser(tokenizer, clip)
+    shelves = _shelves(folder / "latents.pt", vae)
+    alphas = new_sampler().alphas_cumprod
+
+    def loss(step: int) -> torch.Tensor:
+        latents, captions = _pick(shelves, step)
+        words = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        times = torch.randint(0, len(alphas), (len(latents),))
+        noise = torch.randn_like(latents)
+        signal, disorder = (a.sqrt()[times, None, None, None] for a in (alphas, 1 - alphas))
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = denoiser["text"](words).last_hidden_state
+            seen = denoiser["unet"](signal * latents + disorder * noise, times, hidden).sample
+        return (seen.float() - (signal * noise - disorder * latents)).square().mean()
+
+    fit(denoiser, loss, Course("unet", STEPS, 1e-3, folder))
+    return denoiser
+
+
+def _pick(shelves: list[Shelf], step: int) -> tuple[torch.Tensor, list[str]]:
+    shares = torch.tensor([share for _, share in SHARES.values()])
+    shelf = shelves[int(torch.multinomial(shares, 1))]
+    count = round(BATCH * 256 / shelf.latents[0, 0].numel())
+    rows = torch.randint(0, len(shelf.scenes), (count,)).tolist()
+    captions = [caption(shelf.scenes[row], step * BATCH + place) for place, row in enumerate(rows)]
+    kept = torch.rand(count) >= WITHOUT_CAPTION
+    return shelf.latents[rows], [words if keep else "" for words, keep in zip(captions, kept, strict=True)]
+
+
+def _shelves(file: Path, vae: AutoencoderKL) -> list[Shelf]:
+    kept: dict[str, torch.Tensor] = torch.load(file, weights_only=True) if file.exists() else {}
+    shelves = []
+    for place, ((width, height), (count, _)) in enumerate(SHARES.items()):
+        seeds = range(30_000_000 + place * 1_000_000, 30_000_000 + place * 1_000_000 + count)
+        scenes = [imagine(seed, width, height) for seed in seeds]
+        name = f"{width}x{height}"
+        if name not in kept:
+            pictures = np.stack([draw(scene, width, height) for scene in scenes])
+            kept[name] = encode(vae, to_tensor(pictures)) * vae.config.scaling_factor
+            torch.save(kept, file)
+        shelves.append(Shelf(kept[name], scenes))
+    return shelves
