@@ -108,6 +108,14 @@ class Settled:
     cancelled: frozenset[UUID]
 
 
+@dataclass(frozen=True, slots=True)
+class Extended:
+    """The packs still the worker's, each with its frames of cancelled jobs, and whether it is to drain."""
+
+    packs: Mapping[int, frozenset[UUID]]
+    drain: bool
+
+
 def claim_pack(
     db: Session, *, models: Sequence[str], worker: str, limits: Mapping[str, PackLimit], ageing: bool = True
 ) -> tuple[ClaimedPack | None, int]:
@@ -174,12 +182,12 @@ def retire(db: Session, *, models: Sequence[str], stale: int) -> int:
     return len(lanes)
 
 
-def extend(db: Session, *, worker: str, packs: Sequence[int]) -> dict[int, frozenset[UUID]]:
-    """Extend the leases of these packs; answers those still this worker's, with their cancelled frames."""
+def extend(db: Session, *, worker: str, packs: Sequence[int]) -> Extended:
+    """Extend the leases of these packs, and say what the worker should know of them."""
     rows = db.execute(
         sql("extend"), {"packs": list(packs), "worker": worker, "lease_s": settings().lease_s}
     ).all()
-    return {r.pack_id: frozenset(r.cancelled) for r in rows}
+    return Extended({r.pack_id: frozenset(r.cancelled) for r in rows}, any(r.drain for r in rows))
 
 
 def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, int] | None = None) -> Settled:
@@ -250,6 +258,14 @@ def reclaim(db: Session, *, limit: int = 100) -> int:
 def cancel_queued(db: Session, *, limit: int = 5000) -> int:
     """End queued frames of cancelled jobs. Returns how many."""
     return db.scalar(sql("cancel_frames"), {"n": limit}) or 0
+
+
+def reopen_lanes(db: Session) -> int:
+    """Make lanes active that hold runnable work but are not. Returns how many jobs were found waiting there."""
+    jobs = db.scalars(sql("reopen_lanes")).all()
+    if jobs:
+        db.execute(sql("open_lanes"), {"jobs": jobs})
+    return len(jobs)
 
 
 def _give_back(

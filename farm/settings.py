@@ -45,6 +45,7 @@ class Settings(BaseSettings):
     burst_s: float = Field(600.0, gt=0, description="a burst stops claiming after this")
     grace_s: float = Field(30.0, ge=0, description="how long a draining worker may finish what it has")
     frame_limit_s: float = Field(600.0, gt=0, description="the longest a pack may take on the device")
+    stall_s: float = Field(120.0, gt=0, description="a pack without progress for this long loses its lease")
     ageing_s: float = Field(60.0, gt=0, description="a lane unserved for this long gets the next pack")
     worker_lost_s: float = Field(30.0, gt=0, description="a worker not heard of for this long is not counted")
     orphan_grace_s: float = Field(3600.0, gt=0, description="an image without a row is removed after this")

@@ -618,8 +618,9 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     command, quiet = [sys.executable, "-m", "ministack"], subprocess.DEVNULL
     with subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet) as server:
         try:
-            until = monotonic() + 30
-            while not listens(port) and monotonic() < until:
+            until = monotonic() + 90
+            while not listens(port):
+                assert monotonic() < until, "ministack did not start"
                 sleep(0.1)
             yield f"http://127.0.0.1:{port}"
         finally:
@@ -641,7 +642,7 @@ def test_the_bucket_service_makes_the_bucket_once_and_may_run_again(s3: str) -> 
     assert in_compose == in_k8s
 
     for _ in range(2):
-        subprocess.run(run, env=os.environ | {"STORE": s3}, check=True, timeout=60)
+        subprocess.run(run, env=os.environ | {"STORE": s3}, check=True, timeout=120)
 
     client = boto3.client("s3", endpoint_url=s3, region_name="us-east-1")
     assert [bucket["Name"] for bucket in client.list_buckets()["Buckets"]] == ["farm"]

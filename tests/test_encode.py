@@ -13,7 +13,9 @@ from farm.spec import MAX_PROMPT, Format, Spec
 from workers.encode import encode, pixel_hash, provenance, read_metadata
 
 MODEL = read(BUILTIN)["sd15"]
-SPEC = Spec("sd15", "a <red> & \"blue\" 'circle' \u2603\n\U0001f600", "ugly", 16, 24, 4, 7.5, "euler", Format.PNG)
+SPEC = Spec(
+    "sd15", "a <red> & \"blue\" 'circle' \u2603\n\U0001f600", "ugly", 16, 24, 4, 7.5, "euler", Format.PNG
+)
 
 
 @pytest.fixture

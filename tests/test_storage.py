@@ -548,11 +548,12 @@ def test_file_and_folders_are_synced_before_put_returns(
     assert steps[-2:] == ["rename", str(target.parent)]
 
 
-def test_files_are_0640_whatever_the_umask(folder: Path) -> None:
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_files_are_0640_whatever_the_umask(folder: Path, umask: int) -> None:
     store = LocalStore(folder)
     key, data = an_image()
 
-    before = os.umask(0o000)
+    before = os.umask(umask)
     try:
         store.put(key, data, content_type="image/png")
     finally:

@@ -1,9 +1,14 @@
 """Tiny random pipelines of real diffusers classes, saved as real checkpoints: a render takes milliseconds."""
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -28,9 +33,14 @@ from transformers import (
 )
 
 from farm.catalog import BUILTIN, Model, read
+from farm.errors import RenderFailed
+from farm.spec import Format, Spec
+from workers.engine import Ask, Pixels, open_engine
+from workers.engine.pipe import PipeEngine
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 WIDTH = 32  # of every text encoder
+PROMPTS = ["x", "a red circle left", "abcd " * 20]  # 1, 14 and 80 (cut to 75) of the tiny tokenizer's tokens
 
 
 def tiny_model(path: Path, family: str = "sd", **changes: Any) -> Model:
@@ -47,6 +57,57 @@ def tiny_model(path: Path, family: str = "sd", **changes: Any) -> Model:
         "pack": {"frames": 8, "pixels": 8 * 64 * 64},
     }
     return Model(**{**entry, **tiny, **changes})
+
+
+@cache
+def tiny_engine(family: str) -> PipeEngine:
+    """Load a tiny checkpoint of a family, once a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        return open_tiny(tiny_model(Path(folder), family))
+
+
+def open_tiny(model: Model) -> PipeEngine:
+    engine = open_engine(model, device="cpu")
+    assert isinstance(engine, PipeEngine)
+    return engine
+
+
+def tiny_ask(model: Model, prompt: str = "a red circle", *, seed: int = 1, **changes: Any) -> Ask:
+    spec = Spec(model.name, prompt, "", 32, 32, 4, 4.0, model.sampler, Format.PNG)
+    return Ask(replace(spec, **changes), seed)
+
+
+def mixed_asks(model: Model, **changes: Any) -> list[Ask]:
+    """Frames that share a call key, and differ in all that the family leaves free."""
+    guidance = (1.5, 4.0, 12.0) if "guidance" in model.free else (4.0, 4.0, 4.0)
+    negative = ("", "ugly", "blurred, low quality") if model.negative_prompt else ("", "", "")
+    seeds = (0, 7, 2**63 - 1)
+    return [
+        tiny_ask(model, p, seed=s, **{"guidance": g, "negative_prompt": n, **changes})
+        for p, s, g, n in zip(PROMPTS, seeds, guidance, negative, strict=True)
+    ]
+
+
+def render(engine: PipeEngine, asks: Sequence[Ask]) -> list[Pixels | RenderFailed]:
+    return engine.render(asks, on_step=lambda done, total: None)
+
+
+@contextmanager
+def seen_latents(engine: PipeEngine) -> Iterator[list[torch.Tensor]]:
+    """What the decoder gets, one frame at a time."""
+    seen: list[torch.Tensor] = []
+    hook = engine.pipe.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    yield seen
+    hook.remove()
+
+
+def good(result: Pixels | RenderFailed) -> Pixels:
+    assert not isinstance(result, RenderFailed)
+    return result
+
+
+def levels_apart(one: Pixels, other: Pixels) -> int:
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
 def tiny_sd(path: Path, **unet: Any) -> Path:
@@ -123,7 +184,7 @@ def tiny_flux(path: Path, *, guidance_embeds: bool = True) -> Path:
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=16,  # 4 latent channels, packed 2 × 2
+        in_channels=16,  # 4 latent channels, packed two by two
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
@@ -224,4 +285,6 @@ def _t5(width: int) -> T5EncoderModel:
 
 def _t5_tokenizer() -> T5Tokenizer:
     pieces = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
-    return T5Tokenizer(vocab=[(p, -float(i)) for i, p in enumerate(pieces)], extra_ids=0, model_max_length=512)
+    return T5Tokenizer(
+        vocab=[(p, -float(i)) for i, p in enumerate(pieces)], extra_ids=0, model_max_length=512
+    )

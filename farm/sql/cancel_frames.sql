@@ -1,7 +1,7 @@
 -- End up to :n queued frames of jobs that were cancelled: the verb touched the job alone. SKIP LOCKED: one that
 -- is being claimed meanwhile ends when its pack does. Reads jobs_open_idx and
 -- frames_queued_idx.
-WITH some AS MATERIALIZED (
+WITH next AS MATERIALIZED (
     SELECT f.id, f.job_id, f.index, f.account_id, f.quantity, f.price_id
     FROM jobs AS j
     CROSS JOIN LATERAL (
@@ -14,14 +14,14 @@ WITH some AS MATERIALIZED (
     LIMIT :n
 ), ended AS (
     UPDATE frames AS f SET status = 'cancelled', ended_at = clock_timestamp(), suspect = false
-    WHERE f.id = ANY (ARRAY (SELECT id FROM some))
-      AND f.id >= (SELECT id FROM some ORDER BY id LIMIT 1)
-      AND f.id <= (SELECT id FROM some ORDER BY id DESC LIMIT 1)
+    WHERE f.id = ANY (ARRAY (SELECT id FROM next))
+      AND f.id >= (SELECT id FROM next ORDER BY id LIMIT 1)
+      AND f.id <= (SELECT id FROM next ORDER BY id DESC LIMIT 1)
 ), counted AS (
     INSERT INTO counts (job_id, cancelled, freed)
     SELECT s.job_id, count(*),
            sum(s.quantity * p.rate * CASE p.method WHEN 'mpx_step' THEN 0.00000095367431640625 ELSE 1 END)
-    FROM some AS s JOIN prices AS p ON p.id = s.price_id
+    FROM next AS s JOIN prices AS p ON p.id = s.price_id
     GROUP BY s.job_id
 )
-SELECT count(*) FROM some
+SELECT count(*) FROM next

@@ -114,7 +114,9 @@ class LocalStore:
             return
         missing = [path for path in (folder, *folder.parents) if not path.is_dir()]
         for path in reversed(missing):
-            path.mkdir(mode=0o750, exist_ok=True)
+            with suppress(FileExistsError):  # another thread or process was faster
+                path.mkdir()
+                path.chmod(0o750)
         inside = [path for path in (folder, *folder.parents) if path.is_relative_to(self._root)]
         for path in {*inside, *(path.parent for path in missing)}:
             _sync(path)

@@ -74,18 +74,25 @@ def colour_of(pixels: NDArray[np.generic]) -> str:
 
 def components(mask: Mask) -> list[Mask]:
     """Split a mask into its connected pieces (side by side, not corner to corner)."""
-    canvas = Image.fromarray(mask.astype(np.uint8))
-    pieces: list[Mask] = []
-    while True:
-        left = np.argwhere(np.asarray(canvas) == 1)
-        if not len(left):
-            return pieces
-        y, x = left[0]
-        ImageDraw.floodfill(canvas, (int(x), int(y)), 2)
-        labels = np.array(canvas)
-        pieces.append(labels == 2)
-        labels[labels == 2] = 0
-        canvas = Image.fromarray(labels)
+    left, pieces = mask.copy(), []
+    while left.any():
+        piece = np.zeros_like(mask)
+        piece[np.unravel_index(left.argmax(), mask.shape)] = True
+        size = 0
+        while size < (size := int(piece.sum())):
+            piece = _grown(piece) & left
+        pieces.append(piece)
+        left &= ~piece
+    return pieces
+
+
+def _grown(piece: Mask) -> Mask:
+    grown = piece.copy()
+    grown[1:] |= piece[:-1]
+    grown[:-1] |= piece[1:]
+    grown[:, 1:] |= piece[:, :-1]
+    grown[:, :-1] |= piece[:, 1:]
+    return grown
 
 
 def _thing(picture: Picture, piece: Mask, paint: NDArray[np.float32]) -> SeenThing:

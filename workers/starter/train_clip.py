@@ -12,7 +12,7 @@ from workers.starter.pictures import caption, draw, imagine
 from workers.starter.train_vae import to_tensor
 from workers.starter.training import Course, fit
 
-STEPS = 1200
+STEPS = 700
 BATCH = 160
 
 

@@ -16,7 +16,7 @@ from workers.starter.train_clip import text_config
 from workers.starter.train_vae import encode, to_tensor
 from workers.starter.training import Course, fit
 
-STEPS = 4400
+STEPS = 3200
 BATCH = 48  # of 64x64; fewer of larger pictures, so that each step costs about the same
 WITHOUT_CAPTION = 0.1  # what guidance steers away from
 # (width, height): how many pictures, share of the steps
@@ -60,7 +60,7 @@ def new_unet() -> UNet2DConditionModel:
         up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
         block_out_channels=[48, 128],
         layers_per_block=1,
-        norm_num_groups=8,
+        norm_num_groups=4,
         cross_attention_dim=128,
         attention_head_dim=4,  # diffusers means the number of heads
     )

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from workers.starter.pictures import draw, imagine
 from workers.starter.training import Course, fit
 
-STEPS = 4000
+STEPS = 2600
 BATCH = 8
 KL_SHARE = 5e-4  # enough that the decoder forgives small errors of the denoiser
 BLOCKS = (16, 32, 64)

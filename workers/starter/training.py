@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Course:
     peak: float  # learning rate
     folder: Path
     memory: float = 0.998  # of the averaged weights, a step
-    pause: int = 250  # steps between checkpoints
+    pause: int = 100  # steps between checkpoints
 
 
 def fit(module: nn.Module, loss: Callable[[int], torch.Tensor], course: Course) -> nn.Module:
@@ -32,50 +33,53 @@ def fit(module: nn.Module, loss: Callable[[int], torch.Tensor], course: Course) 
     """
     weights = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=course.peak, betas=(0.9, 0.99), weight_decay=0.01)
-    pace = torch.optim.lr_scheduler.OneCycleLR(optimizer, course.peak, total_steps=course.steps, pct_start=0.08)
     average = [p.detach().clone() for p in weights]
     file = course.folder / f"{course.name}.pt"
-    first = _resume(file, module, optimizer, pace, average)
+    first = _resume(file, module, optimizer, average)
     began, running = time.monotonic(), 0.0
     for step in range(first, course.steps):
         torch.manual_seed(SEED + step)
+        optimizer.param_groups[0]["lr"] = course.peak * pace(step / course.steps)
         value = loss(step)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
-        pace.step()
         with torch.no_grad():
             # A short memory at first: the earliest weights are noise.
             torch._foreach_lerp_(average, weights, 1 - min(course.memory, (1 + step) / (10 + step)))
         running = value.item() if step == first else 0.98 * running + 0.02 * value.item()
         if step % 50 == 0:
-            pace_s = (time.monotonic() - began) / (step - first + 1)
-            print(f"{course.name} {step}/{course.steps} loss {running:.4f} {pace_s:.3f} s/step", flush=True)
+            step_s = (time.monotonic() - began) / (step - first + 1)
+            print(f"{course.name} {step}/{course.steps} loss {running:.4f} {step_s:.3f} s/step", flush=True)
         if (step + 1) % course.pause == 0 or step + 1 == course.steps:
-            _checkpoint(file, step + 1, module, optimizer, pace, average)
+            _checkpoint(file, step + 1, module, optimizer, average)
     with torch.no_grad():
         for weight, mean in zip(weights, average, strict=True):
             weight.copy_(mean)
     return module.eval()
 
 
-def _checkpoint(file: Path, step: int, module: nn.Module, optimizer, pace, average) -> None:  # type: ignore[no-untyped-def]
+def pace(done: float) -> float:
+    """Share of the peak learning rate when this share of the steps is done: up in a twelfth, then down to 0."""
+    return min(12 * done, 0.5 + 0.5 * math.cos(math.pi * max(0.0, done - 1 / 12) * 12 / 11))
+
+
+def _checkpoint(file: Path, step: int, module: nn.Module, optimizer, average) -> None:  # type: ignore[no-untyped-def]
     file.parent.mkdir(parents=True, exist_ok=True)
     state = {"step": step, "module": module.state_dict(), "average": average}
-    state |= {"optimizer": optimizer.state_dict(), "pace": pace.state_dict()}
+    state["optimizer"] = optimizer.state_dict()
     part = file.with_suffix(".part")
     torch.save(state, part)
     part.replace(file)
 
 
-def _resume(file: Path, module: nn.Module, optimizer, pace, average) -> int:  # type: ignore[no-untyped-def]
+def _resume(file: Path, module: nn.Module, optimizer, average) -> int:  # type: ignore[no-untyped-def]
     if not file.exists():
         return 0
     state = torch.load(file, weights_only=True)
     module.load_state_dict(state["module"])
     optimizer.load_state_dict(state["optimizer"])
-    pace.load_state_dict(state["pace"])
     for mean, saved in zip(average, state["average"], strict=True):
         mean.copy_(saved)
     return int(state["step"])

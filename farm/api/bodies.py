@@ -1,0 +1,52 @@
+"""Request bodies: read up to a limit, and parsed in the thread that works on them, not in the event loop."""
+
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+from pydantic import BaseModel, ValidationError
+
+from farm.api.faults import faults_of
+from farm.errors import Invalid, TooLarge
+
+MAX_BODY_BYTES = 16 << 20
+
+M = TypeVar("M", bound=BaseModel)
+
+
+async def raw(request: Request) -> bytes:
+    """The body as it came.
+
+    Raises TooLarge as soon as that is known.
+    """
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and len(length) < 19 and int(length) > MAX_BODY_BYTES:
+        raise TooLarge(f"allowed are {MAX_BODY_BYTES} bytes", allowed_bytes=MAX_BODY_BYTES)
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise TooLarge(f"allowed are {MAX_BODY_BYTES} bytes", allowed_bytes=MAX_BODY_BYTES)
+        parts.append(part)
+    return b"".join(parts)
+
+
+Body = Annotated[bytes, Depends(raw)]  # after the caller: who has no key sends nothing
+
+
+def read(model: type[M], body: bytes) -> M:
+    """The body as this model.
+
+    Raises Invalid with a fault for each field.
+    """
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as e:
+        raise Invalid(faults_of(e.errors(include_url=False), model)) from None
+
+
+def described(model: type[BaseModel], *examples: Any) -> dict[str, Any]:
+    """The body for OpenAPI; app.py puts the models' schemas into the components."""
+    content: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
+    if examples:
+        content["examples"] = {f"{n}": {"value": e} for n, e in enumerate(examples, 1)}
+    return {"requestBody": {"required": True, "content": {"application/json": content}}}

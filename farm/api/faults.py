@@ -1,0 +1,123 @@
+"""What pydantic found wrong, in the farm's words: field, value, what is allowed."""
+
+import types
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from farm.errors import Fault
+from farm.settings import settings
+from farm.spec import MAX_PROMPT, MAX_SEED
+
+PLACES = ("body", "query", "path", "header", "cookie")  # FastAPI puts one before the field's path
+
+
+def faults_of(errors: Sequence[Any], model: type[BaseModel] | None = None) -> list[Fault]:
+    """One fault for each of pydantic's errors. model: what the body was read as, to name its fields."""
+    return [_fault(e, model) for e in errors]
+
+
+def _fault(error: Mapping[str, Any], model: type[BaseModel] | None) -> Fault:
+    loc = tuple(error["loc"])
+    if model is None and loc[:1] and loc[0] in PLACES:
+        loc = loc[1:]
+    # without a field of its own pydantic shows all there is around it
+    value = None if error["type"] in ("missing", "json_invalid") or not loc else error.get("input")
+    return Fault(path_of(loc), value, _allowed(error, loc, model))
+
+
+def path_of(loc: Sequence[int | str]) -> str:
+    """`specs[0].width`; `body` for the whole of it."""
+    path = ""
+    for part in loc:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path or "body"
+
+
+def _allowed(error: Mapping[str, Any], loc: Sequence[int | str], model: type[BaseModel] | None) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    match kind:
+        case "missing":
+            return "it is required"
+        case "extra_forbidden":
+            names = _fields_at(model, loc[:-1])
+            return "there is no such field" + (f"; allowed are {', '.join(names)}" if names else "")
+        case "json_invalid":
+            return f"the body must be JSON: {context.get('error', error['msg'])}"
+        case "value_error":
+            return str(context.get("error", error["msg"]))
+    return _by_field(loc) or _by_type(kind, context) or str(error["msg"])
+
+
+def _by_field(loc: Sequence[int | str]) -> str | None:
+    """Fields whose limits are said as a whole, whichever of them was passed."""
+    match loc[-1] if loc else None:
+        case "priority":
+            return "allowed are 0 to 9, or urgent, standard, bulk"
+        case "seed":
+            return f"allowed are 0 to {MAX_SEED}"
+        case "count":
+            return f"allowed are 1 to {settings().max_count}"
+        case "prompt":
+            return f"allowed are 1 to {MAX_PROMPT} characters, none of them NUL"
+        case "negative_prompt":
+            return f"allowed are up to {MAX_PROMPT} characters, none of them NUL"
+        case "name":
+            return "allowed are 1 to 200 characters, none of them NUL"
+    return None
+
+
+SIMPLE = {
+    "string_type": "it must be text",
+    "bool_type": "it must be true or false",
+    "finite_number": "it must be a finite number",
+    "model_type": "it must be an object",
+    "model_attributes_type": "it must be an object",
+    "dict_type": "it must be an object",
+    "list_type": "it must be a list",
+}
+
+
+def _by_type(kind: str, context: Mapping[str, Any]) -> str | None:
+    if kind.startswith("int_"):
+        return "it must be an integer"
+    if kind.startswith(("float_", "decimal_")):
+        return "it must be a number"
+    if kind.startswith(("datetime_", "date_", "timezone_")):
+        return "it must be a time, as 2026-01-31T00:00:00Z"
+    match kind:
+        case "enum" | "literal_error":
+            return f"allowed are {context['expected']}"
+        case "greater_than_equal":
+            return f"allowed are {context['ge']} and more"
+        case "less_than_equal":
+            return f"allowed are up to {context['le']}"
+        case "string_too_short":
+            return f"allowed are {context['min_length']} characters and more"
+        case "string_too_long":
+            return f"allowed are up to {context['max_length']} characters"
+        case "too_short":
+            return f"allowed are {context['min_length']} items and more"
+        case "too_long":
+            return f"allowed are up to {context['max_length']} items"
+    return SIMPLE.get(kind)
+
+
+def _fields_at(model: Any, loc: Sequence[int | str]) -> list[str]:
+    """Names of the fields the body may have at that path."""
+    for part in loc:
+        if model is None:
+            return []
+        if isinstance(part, str):
+            found = model.model_fields.get(part)
+            model = _model_in(found.annotation) if found else None
+    return list(model.model_fields) if model is not None else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, list, Annotated):
+        return next((m for a in get_args(annotation) if (m := _model_in(a))), None)
+    return None

@@ -1,0 +1,196 @@
+"""What follows the device: encode, store, settle, off its thread, while the next pack is on it.
+
+An image is stored before it is booked, under a key that holds its hash; what is booked is decided by the
+fence in the database. A store or a database that is away is waited for: the images are kept, nothing is
+rendered twice, and no further pack is claimed meanwhile.
+"""
+
+import hashlib
+import logging
+import queue as queues
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from uuid import UUID
+
+from farm import queue
+from farm.catalog import Model
+from farm.errors import Away, RenderFailed
+from farm.queue import ClaimedFrame, ClaimedPack, StoredFrame
+from farm.settings import settings
+from farm.spec import CONTENT_TYPE
+from farm.storage import Store, image_key
+from workers.books import book
+from workers.encode import encode, pixel_hash, provenance
+from workers.engine import Pixels
+from workers.leases import Leases
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 1.0
+ENCODERS = 2
+
+
+class GaveUp(Exception):  # noqa: N818 - nothing went wrong here
+    """The worker stops, or the pack is somebody else's: what is not stored yet goes back."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A rendered pack whose frames are on their way."""
+
+    pack: ClaimedPack
+    gpu_ms: int
+    left: int  # not yet booked
+    stored: int = 0
+
+
+class Shelf:
+    """Rendered packs on their way into the store and the books."""
+
+    def __init__(
+        self, store: Store, leases: Leases, *, reached: Callable[[str], None], quit_now: threading.Event
+    ) -> None:
+        self._store = store
+        self._leases = leases
+        self._reached = reached
+        self._quit = quit_now
+        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self._stored: queues.SimpleQueue[tuple[_Open, StoredFrame | None]] = queues.SimpleQueue()
+        self._room = threading.Condition()
+        self._open = 0
+        self.done = 0
+        threading.Thread(target=self._settle_all, name="settle", daemon=True).start()
+
+    def put(
+        self,
+        pack: ClaimedPack,
+        model: Model,
+        frames: Sequence[ClaimedFrame],
+        results: Sequence[Pixels | RenderFailed],
+        *,
+        gpu_ms: int,
+    ) -> None:
+        """Take over rendered frames; returns at once."""
+        good = [(f, r) for f, r in zip(frames, results, strict=True) if not isinstance(r, RenderFailed)]
+        bad = [(f, r) for f, r in zip(frames, results, strict=True) if isinstance(r, RenderFailed)]
+        entry = _Open(pack, gpu_ms, len(good))
+        self._leases.hold(pack.id)
+        with self._room:
+            self._open += 1
+        for reason in sorted({str(r) for _, r in bad}):
+            named = [f.id for f, r in bad if str(r) == reason]
+            self._fail(pack.id, reason, named)
+        if not good:
+            self._close(entry)
+        for frame, pixels in good:
+            self._encoders.submit(self._store_one, entry, model, frame, pixels)
+
+    def wait_for_room(self, packs: int) -> None:
+        """Wait until fewer packs than this are on their way."""
+        with self._room:
+            self._room.wait_for(lambda: self._open < packs)
+
+    def drain(self) -> None:
+        """Wait until every pack is booked or given back."""
+        self.wait_for_room(1)
+
+    def _store_one(self, entry: _Open, model: Model, frame: ClaimedFrame, pixels: Pixels) -> None:
+        try:
+            stored = self._encode_and_put(entry, model, frame, pixels)
+        except GaveUp:
+            self._give_back(entry, frame)
+        except Exception as e:
+            log.exception("frame %s could not be stored", frame.id)
+            self._fail(entry.pack.id, f"the image could not be stored: {type(e).__name__}: {e}", [frame.id])
+            self._stored.put((entry, None))
+        else:
+            self._stored.put((entry, stored))
+
+    def _encode_and_put(self, entry: _Open, model: Model, frame: ClaimedFrame, pixels: Pixels) -> StoredFrame:
+        data = encode(pixels, frame.spec.format, provenance(frame.spec, frame.seed, model))
+        sha256 = hashlib.sha256(data).digest()
+        key = image_key(frame.account_id, sha256, frame.spec.format)
+        while True:
+            self._leases.progress(entry.pack.id)
+            try:
+                self._store.put(key, data, content_type=CONTENT_TYPE[frame.spec.format])
+                break
+            except Away as e:
+                log.warning("store is away, keeping the image of frame %s: %s", frame.id, e)
+                if self._quit.wait(RETRY_S) or self._leases.is_lost(entry.pack.id):
+                    raise GaveUp from e
+        entry.stored += 1
+        self._reached("half stored" if entry.stored < entry.left else "stored")
+        height, width, _ = pixels.shape
+        return StoredFrame(
+            frame_id=frame.id,
+            job_id=frame.job_id,
+            pack_id=entry.pack.id,
+            key=key,
+            format=frame.spec.format.value,
+            sha256=sha256,
+            pixel_sha256=pixel_hash(pixels),
+            bytes=len(data),
+            width=width,
+            height=height,
+        )
+
+    def _give_back(self, entry: _Open, frame: ClaimedFrame) -> None:
+        book(lambda db: queue.release(db, [entry.pack.id], frames=[frame.id]), give_up=self._quit)
+        self._stored.put((entry, None))
+
+    def _fail(self, pack_id: int, reason: str, frames: Sequence[UUID]) -> None:
+        book(lambda db: queue.fail(db, pack_id, reason, frames=frames), give_up=self._quit)
+
+    def _settle_all(self) -> None:
+        """Settle what was stored since the last time: 16 frames at most, or what 200 ms brought."""
+        while True:
+            batch = [self._stored.get()]
+            until = time.monotonic() + settings().settle_ms / 1000
+            while len(batch) < settings().settle_frames and not self._is_last(batch):
+                try:
+                    batch.append(self._stored.get(timeout=max(0.0, until - time.monotonic())))
+                except queues.Empty:
+                    break
+            try:
+                self._settle(batch)
+            except Exception:
+                log.exception("frames could not be settled; their lease runs out and they are rendered again")
+            for entry, _ in batch:
+                entry.left -= 1
+                if entry.left == 0:
+                    self._close(entry)
+
+    def _is_last(self, batch: Sequence[tuple[_Open, StoredFrame | None]]) -> bool:
+        """Nothing else is on its way: waiting for more would only delay these."""
+        with self._room:
+            open_packs = self._open
+        entries = {id(e): e for e, _ in batch}
+        return open_packs == len(entries) and sum(e.left for e in entries.values()) == len(batch)
+
+    def _settle(self, batch: Sequence[tuple[_Open, StoredFrame | None]]) -> None:
+        stored = [s for _, s in batch if s is not None]
+        if not stored:
+            return
+        gpu_ms = {e.pack.id: e.gpu_ms for e, _ in batch}
+        for pack_id in gpu_ms:
+            self._leases.progress(pack_id)
+        self._reached("before commit")
+        settled = book(lambda db: queue.settle(db, stored, gpu_ms=gpu_ms), give_up=self._quit)
+        self._reached("after commit")
+        if settled is None:
+            return
+        self.done += len(settled.done)
+        if refused := len(stored) - len(settled.done) - len(settled.cancelled):
+            log.warning("%d frames had been lost to somebody else: not booked", refused)
+        jobs = sorted({s.job_id for s in stored})
+        book(lambda db: queue.finish(db, jobs), give_up=self._quit)
+
+    def _close(self, entry: _Open) -> None:
+        self._leases.drop(entry.pack.id)
+        with self._room:
+            self._open -= 1
+            self._room.notify_all()
