@@ -114,9 +114,7 @@ class UsageLine(Answer):
     """What was used of one model at one rate."""
 
     model: str
-    method: str = Field(
-        description="mpx_step: quantity is pixels times steps, rate per 2**20; image: images"
-    )
+    method: str = Field(description="mpx_step: quantity is pixels times steps, rate per 2**20; image: images")
     currency: str
     rate: str
     frames: int

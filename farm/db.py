@@ -1,18 +1,24 @@
 """The way to Postgres: one engine a process, transaction(), and the named statements of farm/sql."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import Engine, TextClause, create_engine, text
-from sqlalchemy.exc import DBAPIError, OperationalError, TimeoutError as PoolTimeout
+import psycopg
+from sqlalchemy import Engine, TextClause, create_engine, event, text
+from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from farm.errors import DatabaseAway, Misconfigured
 from farm.settings import settings
 
+IDLE_S = 5.0
 SQL = Path(__file__).parent / "sql"
 
 
@@ -32,21 +38,38 @@ def _engine(pid: int, url: str) -> Engine:
     del pid
     if not url:
         raise Misconfigured("FARM_DATABASE_URL is not set", setting="FARM_DATABASE_URL")
-    return create_engine(
+    made = create_engine(
         url.replace("postgresql://", "postgresql+psycopg://", 1),
         pool_size=settings().pool_size,
         max_overflow=0,
         pool_timeout=5,
-        pool_pre_ping=True,
         connect_args={
             "connect_timeout": 3,
-            "options": "-c timezone=UTC -c idle_in_transaction_session_timeout=60000",
+            "options": "-c timezone=UTC -c plan_cache_mode=force_generic_plan -c idle_in_transaction_session_timeout=60000",
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,
             "tcp_user_timeout": 15000,
         },
     )
+    event.listen(made, "checkin", _note_use)
+    event.listen(made, "checkout", _try_idle)
+    return made
+
+
+def _note_use(_connection: Any, record: ConnectionPoolEntry) -> None:
+    record.info["used"] = time.monotonic()
+
+
+def _try_idle(connection: Any, record: ConnectionPoolEntry, _proxy: Any) -> None:
+    """Try a connection that lay idle before it is used; before each use it would cost two round trips of five."""
+    if time.monotonic() - record.info.get("used", time.monotonic()) < IDLE_S:
+        return
+    try:
+        connection.execute("SELECT 1")
+        connection.rollback()
+    except psycopg.OperationalError as e:
+        raise DisconnectionError from e
 
 
 @contextmanager

@@ -1,23 +1,25 @@
 """The consumer of `farm.submit`: jobs from services that are on the broker.
 
-A message carries a submission as its one argument, and in its headers the API key and the idempotency key: headers
-are shown neither by events nor by Flower nor in a log. It counts as accepted only when the job's row exists; until
-then whoever sent it may send it again under the same idempotency key. docs/celery.md has the caller's side.
+A message carries a submission as its one argument, and in its headers the API key and the idempotency key:
+headers are shown neither by events nor by Flower nor in a log. It counts as accepted only when the job's row
+exists; until then whoever sent it may send it again under the same idempotency key. docs/celery.md has the
+caller's side.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
 from celery import Celery, Task
 from celery.exceptions import Reject
-from pydantic import ValidationError
 
 from farm import accounts, jobs, tokens
 from farm.accounts import Role
+from farm.api.bodies import read
+from farm.api.params import checked_key
 from farm.db import transaction
 from farm.errors import Away, Conflict, Fault, Invalid, Refused
 from farm.ids import public
@@ -28,7 +30,9 @@ IDEMPOTENCY_KEY = "farm_idempotency_key"
 NODE = "intake@%h"
 THREADS = 4
 FIRST_RETRY_S, LONGEST_RETRY_S = 2, 30
-REDELIVERY_S = 60  # a message held by a consumer that was killed comes back after this; longer than any retry waits
+REDELIVERY_S = (
+    60  # a message held by a consumer that was killed comes back after this: longer than retries wait
+)
 
 SECRETS = re.compile(r"farm_[0-9a-f]{32}_[\w-]+")
 MAX_TEXT = 2000  # characters of an error: a value in it may be a whole prompt
@@ -48,34 +52,29 @@ def accept(body: Any, headers: Mapping[str, Any]) -> tuple[UUID, list[str]]:
 
     Raises what farm.jobs.submit raises, Unauthorized and Forbidden.
     """
-    key, idempotency_key = headers.get(API_KEY), headers.get(IDEMPOTENCY_KEY)
-    if not isinstance(idempotency_key, str) or not 1 <= len(idempotency_key) <= 255:
-        raise Invalid([Fault(IDEMPOTENCY_KEY, None, "this message header is needed: 1 to 255 characters")])
-    if not isinstance(key, str):
-        raise Invalid([Fault(API_KEY, None, "this message header is needed: the account's API key")])
+    key = _header(headers, API_KEY, "the account's API key")
+    idempotency_key = checked_key(
+        _header(headers, IDEMPOTENCY_KEY, "the job is accepted once under it"), field=IDEMPOTENCY_KEY
+    )
     with transaction() as db:
         caller = accounts.authenticate(db, key)
         caller.require(Role.SUBMIT)
+        as_json = json.dumps(body, sort_keys=True).encode()
         job_id, _ = jobs.submit(
-            db, caller, _read(body), idempotency_key=idempotency_key, body_sha256=_digest(body)
+            db,
+            caller,
+            read(Submission, as_json),  # as HTTP reads it: the same faults in the same words
+            idempotency_key=idempotency_key,
+            body_sha256=hashlib.sha256(as_json).digest(),
         )
         return job_id, jobs.models_of(db, job_id)
 
 
-def _read(body: Any) -> Submission:
-    try:
-        return Submission.model_validate(body)
-    except ValidationError as e:
-        raise Invalid([Fault(_path(x["loc"]), x["input"], x["msg"]) for x in e.errors()]) from None
-
-
-def _path(parts: tuple[int | str, ...]) -> str:
-    """`specs[3].width`."""
-    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts).lstrip(".")
-
-
-def _digest(body: Any) -> bytes:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).digest()
+def _header(headers: Mapping[str, Any], name: str, what_for: str) -> str:
+    value = headers.get(name)
+    if not isinstance(value, str):
+        raise Invalid([Fault(name, None, f"this message header is required: {what_for}")])
+    return value
 
 
 def submit(task: Task, body: Any) -> str:
@@ -94,11 +93,11 @@ def submit(task: Task, body: Any) -> str:
         return public("job", job_id)
 
 
-def _again(task: Task, error: Exception) -> None:
+def _again(task: Task, error: Exception) -> NoReturn:
     """Send the message once more, headers and all, to be tried later."""
     wait_s = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** min(task.request.retries, 10))
     try:
-        task.retry(exc=error, countdown=wait_s)
+        raise task.retry(exc=error, countdown=wait_s)
     except Reject as e:  # it could not be sent: by itself Celery would drop it now
         raise Reject(e.reason, requeue=True) from e
 

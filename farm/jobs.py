@@ -1,6 +1,7 @@
 """Jobs: submit, find, list, and the verbs that work on a whole job at once."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -37,7 +38,7 @@ from farm.spec import (
     shape_key,
     work,
 )
-from farm.tables import Count, Frame, IdempotencyKey, Image, Job, JobKey, JobLane
+from farm.tables import Count, Frame, IdempotencyKey, Image, Job, JobLane
 
 MAX_SPECS = 1000
 
@@ -113,6 +114,23 @@ class _Draft:
         as_json = json.dumps(spec.to_json())
         self.frames.extend((spec, as_json, seed, key_no, model) for seed in seeds(first_seed, count))
 
+    def quote(self, rates: Mapping[str, pricing.Rate]) -> Decimal:
+        """What all of it costs at most."""
+        per_key = Counter(key_no for _, _, _, key_no, _ in self.frames)
+        return pricing.total(
+            rates[model.name].amount(per_key[no] * quantity(spec, rates[model.name].method))
+            for no, spec, model in self.keys.values()
+        )
+
+    def key_columns(self) -> dict[str, list[Any]]:
+        """The distinct keys in the order of their numbers, one list a column."""
+        return {
+            "models": [model.name for _, _, model in self.keys.values()],
+            "shape_keys": [shape_key(spec, model) for _, spec, model in self.keys.values()],
+            "call_keys": list(self.keys),
+            "pixels": [spec.width * spec.height for _, spec, _ in self.keys.values()],
+        }
+
 
 def submit(
     db: Session,
@@ -134,22 +152,23 @@ def submit(
     methods = {model.name: model.price.method for _, _, model in draft.keys.values()}
     rates = pricing.current(db, account_id=caller.account_id, currency=caller.currency, models=methods)
     job_id = ids.new_id(ids.clock_ms(db))
-    _insert_job(db, caller, submission, job_id, draft, rates)
-    _copy_frames(db, caller, job_id, draft, rates)
-    if idempotency_key is not None:
-        db.add(
-            IdempotencyKey(
-                account_id=caller.account_id, key=idempotency_key, body_sha256=body_sha256, job_id=job_id
-            )
-        )
-    events.record(
-        db,
-        "job.accepted",
-        account_id=caller.account_id,
-        job_id=job_id,
-        data={"frames": len(draft.frames), "priority": submission.priority},
+    db.execute(
+        sql("submit"),
+        {
+            "job_id": job_id,
+            "account_id": caller.account_id,
+            "api_key_id": caller.key_id,
+            "name": submission.name,
+            "priority": submission.priority,
+            "frames": len(draft.frames),
+            "currency": caller.currency,
+            "quoted": draft.quote(rates),
+            "idempotency_key": idempotency_key,
+            "body_sha256": body_sha256,
+            **draft.key_columns(),
+        },
     )
-    db.flush()
+    _copy_frames(db, caller, job_id, draft, rates)
     db.execute(sql("open_lanes"), {"jobs": [job_id]})
     return job_id, True
 
@@ -192,57 +211,6 @@ def _draft(submission: Submission, models: Catalog) -> _Draft:
     if faults:
         raise Invalid(faults)
     return draft
-
-
-def _insert_job(
-    db: Session,
-    caller: Caller,
-    submission: Submission,
-    job_id: UUID,
-    draft: _Draft,
-    rates: Mapping[str, pricing.Rate],
-) -> None:
-    per_key = [0] * len(draft.keys)
-    for _, _, _, key_no, _ in draft.frames:
-        per_key[key_no] += 1
-    quoted = pricing.total(
-        rates[model.name].amount(per_key[no] * quantity(spec, rates[model.name].method))
-        for no, spec, model in draft.keys.values()
-    )
-    job = Job(
-        id=job_id,
-        account_id=caller.account_id,
-        api_key_id=caller.key_id,
-        name=submission.name,
-        status=JobStatus.ACTIVE,
-        priority=submission.priority,
-        runnable=True,
-        frames=len(draft.frames),
-        currency=caller.currency,
-        quoted=quoted,
-        held=quoted,
-    )
-    db.add(job)
-    db.flush()
-    names = sorted({model.name for _, _, model in draft.keys.values()})
-    db.add_all(
-        JobLane(job_id=job_id, model=name, account_id=caller.account_id, priority=job.priority, runnable=True)
-        for name in names
-    )
-    db.flush()
-    db.add_all(
-        JobKey(
-            job_id=job_id,
-            key_no=no,
-            model=model.name,
-            account_id=caller.account_id,
-            shape_key=shape_key(spec, model),
-            call_key=key,
-            pixels=spec.width * spec.height,
-        )
-        for key, (no, spec, model) in draft.keys.items()
-    )
-    db.flush()
 
 
 COPY = (

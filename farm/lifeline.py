@@ -2,8 +2,8 @@
 
     python -m farm.lifeline PATIENCE_S MODULE ARGUMENTS…
 
-Standard input is a pipe whose other end the parent holds and never writes to. The kernel closes it with the parent,
-however that one died; then this process is asked to end, once and again, and at last is killed.
+Standard input is a pipe whose other end the parent holds and never writes to. The kernel closes it with the
+parent, however that one died; then this process is asked to end, once and again, and at last is killed.
 """
 
 import os
@@ -17,7 +17,8 @@ from signal import SIGKILL, SIGTERM
 def _end_with_parent(patience_s: float) -> None:
     while os.read(0, 1):
         pass
-    for number in (SIGTERM, SIGTERM, SIGKILL):  # a worker drains at the first, gives everything back at the second
+    # a worker drains at the first, and gives everything back at the second
+    for number in (SIGTERM, SIGTERM, SIGKILL):
         os.kill(os.getpid(), number)
         time.sleep(patience_s)
 

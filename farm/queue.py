@@ -27,7 +27,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from farm.catalog import PackLimit
@@ -35,6 +35,10 @@ from farm.db import sql
 from farm.settings import settings
 from farm.spec import Spec
 from farm.tables import Pack
+
+
+# for what may be lost with a crash of Postgres, and is done again then: no wait for the disk at commit
+ASYNC = text("SET LOCAL synchronous_commit = off")
 
 
 class FrameStatus(StrEnum):
@@ -102,10 +106,14 @@ class StoredFrame:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What became of stored frames; those in neither list had been lost to somebody else."""
+    """What became of stored frames; those in neither list had been lost to somebody else.
+
+    over: jobs of theirs that have no queued frame left, and may be finished.
+    """
 
     done: frozenset[UUID]
     cancelled: frozenset[UUID]
+    over: frozenset[UUID]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +126,16 @@ class Extended:
 
 def claim_pack(
     db: Session, *, models: Sequence[str], worker: str, limits: Mapping[str, PackLimit], ageing: bool = True
-) -> tuple[ClaimedPack | None, int]:
-    """Claim the next pack of these models, and say how many lanes turned out to be empty on the way.
+) -> ClaimedPack | None:
+    """Claim the next pack of these models; None if they have no runnable frame.
 
     limits: what a pack of each model may hold. ageing: a lane unserved too long may come before its class.
-    The empty lanes want retire(), in a transaction of its own.
     """
     head = db.execute(
         sql("head"), {"models": list(models), "ageing": ageing, "ageing_s": settings().ageing_s}
     ).first()
     if head is None:
-        return None, -1
+        return None
     limit = limits[head.model]
     frames = max(1, min(limit.frames, limit.pixels // head.pixels))
     rows = db.execute(
@@ -149,7 +156,8 @@ def claim_pack(
         ClaimedFrame(r.id, r.job_id, r.index, r.key_no, r.account_id, r.seed, r.work, Spec.from_json(r.spec))
         for r in rows
     )
-    _close_emptied(db, taken)
+    if emptied := sorted({(r.job_id, r.key_no) for r in rows if r.emptied}):
+        _close(db, emptied)
     return ClaimedPack(
         id=rows[0].pack_id,
         worker=worker,
@@ -160,23 +168,21 @@ def claim_pack(
         full=len(taken) == frames,
         lease_until=rows[0].lease_until,
         frames=taken,
-    ), (0 if head.aged else head.rank - 1)
+    )
 
 
-def _close_emptied(db: Session, taken: Sequence[ClaimedFrame]) -> None:
-    """Close the keys, and then the job lanes, that this claim emptied: the next head need not look there."""
-    pairs = sorted({(f.job_id, f.key_no) for f in taken})
-    emptied = db.execute(sql("close_keys"), _columns(("jobs", "keys"), pairs)).all()
-    if not emptied:
-        return
-    lanes = db.execute(sql("close"), _columns(("jobs", "keys"), emptied)).all()
+def _close(db: Session, keys: Sequence[tuple[UUID, int]]) -> None:
+    """Close job keys that a claim emptied, and then their job lanes: the next head need not look there."""
+    locked = db.execute(sql("close_keys"), _columns(("jobs", "keys"), keys)).all()
+    lanes = db.execute(sql("close"), _columns(("jobs", "keys"), locked)).all() if locked else None
     if lanes:
         db.execute(sql("close_lanes"), _columns(("jobs", "models"), lanes))
 
 
-def retire(db: Session, *, models: Sequence[str], stale: int) -> int:
-    """Make lanes inactive that hold no queued frame; stale < 0 looks at all. Returns how many it looked at."""
-    lanes = db.execute(sql("lock_lanes"), {"models": list(models), "n": stale if stale >= 0 else 1000}).all()
+def retire_lanes(db: Session) -> int:
+    """Make lanes inactive that hold no open job: the next head need not look there. Returns how many it tried."""
+    db.execute(ASYNC)
+    lanes = db.execute(sql("empty_lanes")).all()
     if lanes:
         db.execute(sql("retire"), _columns(("models", "priorities", "accounts"), lanes))
     return len(lanes)
@@ -184,6 +190,7 @@ def retire(db: Session, *, models: Sequence[str], stale: int) -> int:
 
 def extend(db: Session, *, worker: str, packs: Sequence[int]) -> Extended:
     """Extend the leases of these packs, and say what the worker should know of them."""
+    db.execute(ASYNC)
     rows = db.execute(
         sql("extend"), {"packs": list(packs), "worker": worker, "lease_s": settings().lease_s}
     ).all()
@@ -193,11 +200,11 @@ def extend(db: Session, *, worker: str, packs: Sequence[int]) -> Extended:
 def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, int] | None = None) -> Settled:
     """Book stored frames as done: image, charge, count and event in this one transaction.
 
-    gpu_ms: pack id → milliseconds on the device, written down when the pack closes. Call finish() with their
-    jobs afterwards, in a transaction of its own.
+    gpu_ms: pack id → milliseconds on the device, written down when the pack closes. Call finish() with the
+    jobs that may be over afterwards, in a transaction of its own.
     """
     if not stored:
-        return Settled(frozenset(), frozenset())
+        return Settled(frozenset(), frozenset(), frozenset())
     frames = [s.frame_id for s in stored]
     rows = db.execute(
         sql("settle"),
@@ -214,17 +221,19 @@ def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, i
             "sizes": [s.bytes for s in stored],
             "widths": [s.width for s in stored],
             "heights": [s.height for s in stored],
+            "gpu_ms": [(gpu_ms or {}).get(s.pack_id) for s in stored],
         },
     ).all()
-    for pack in sorted({s.pack_id for s in stored}):
-        _close_packs(db, [pack], Outcome.SETTLED, gpu_ms=(gpu_ms or {}).get(pack))
     return Settled(
-        frozenset(r.id for r in rows if not r.cancelled), frozenset(r.id for r in rows if r.cancelled)
+        frozenset(r.id for r in rows if not r.cancelled),
+        frozenset(r.id for r in rows if r.cancelled),
+        frozenset(r.job_id for r in rows if r.over),
     )
 
 
 def finish(db: Session, jobs: Sequence[UUID]) -> None:
     """End the jobs whose frames have all ended. The sweep does it too; this only is sooner."""
+    db.execute(ASYNC)
     db.execute(sql("finish"), {"jobs": list(jobs)})
 
 
@@ -292,7 +301,8 @@ def _give_back(
             "reason": reason,
         },
     ).all()
-    _close_packs(db, held, outcome)
+    if held:
+        db.execute(sql("close_packs"), {"packs": held, "outcome": outcome})
     back = [r for r in rows if r.status == FrameStatus.QUEUED]
     if back:
         db.execute(sql("open_keys"), _columns(("jobs", "keys"), [(r.job_id, r.key_no) for r in back]))
@@ -300,11 +310,6 @@ def _give_back(
         db.execute(sql("open_job_lanes"), {"jobs": jobs})
         db.execute(sql("open_lanes"), {"jobs": jobs})
     return len(rows)
-
-
-def _close_packs(db: Session, packs: Sequence[int], outcome: Outcome, *, gpu_ms: int | None = None) -> None:
-    if packs:
-        db.execute(sql("close_packs"), {"packs": list(packs), "outcome": outcome, "gpu_ms": gpu_ms})
 
 
 def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:

@@ -40,7 +40,7 @@ PRIORITIES = {Priority.URGENT: 9, Priority.STANDARD: 5, Priority.BULK: 1}
 
 def priority_number(value: Any) -> Any:
     """9 for urgent, 5 for standard, 1 for bulk; anything else as it came, for the type to judge."""
-    return PRIORITIES.get(value, value) if isinstance(value, str) else value
+    return PRIORITIES[Priority(value)] if value in list(Priority) else value
 
 
 def _no_nul(text: str) -> str:

@@ -103,6 +103,7 @@ CHORES = (
     Chore("fold", 3, 1, fold),
     Chore("cancel", 4, 1, queue.cancel_queued),
     Chore("top up", 5, 1, tokens.top_up),
+    Chore("retire", 10, 1, queue.retire_lanes),
     Chore("reopen", 6, 10, queue.reopen_lanes),
     Chore("forget", 7, 10, forget),
     Chore("partition", 8, 3600, partition),

@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     DateTime,
+    FetchedValue,
     ForeignKey,
     ForeignKeyConstraint,
     Identity,
@@ -270,7 +271,7 @@ class Pack(Base):
         Index("packs_worker_idx", "worker", postgresql_where=text("closed_at IS NULL")),
     )
 
-    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, server_default=FetchedValue())
     worker: Mapped[str]
     model: Mapped[str]
     call_key: Mapped[str]

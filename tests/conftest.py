@@ -16,6 +16,7 @@ from farm.embedded.postgres import Postgres
 from farm.embedded.redis import Redis
 from farm.errors import Misconfigured
 from farm.settings import settings
+from tests.factories import books as books
 
 SECRET = "a secret of the tests, 32 characters or more"
 TEMPLATE = "migrated"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -17,6 +18,7 @@ from tests.tiny import (
     seen_latents,
     tiny_ask,
     tiny_engine,
+    tiny_model,
 )
 from workers.engine import Ask
 from workers.engine.pipe import PipeEngine

@@ -23,7 +23,7 @@ from farm.settings import settings
 from farm.storage import open_store
 from workers.books import book
 from workers.engine import Ask, Cancelled, Engine, Pixels, open_engine
-from workers.gpu import Capacity
+from workers.gpu import Capacity, release
 from workers.leases import Leases
 from workers.progress import Progress
 from workers.shelf import Shelf
@@ -156,12 +156,7 @@ class Worker:
             return None
         now = time.monotonic()
         limits = {n: m.pack for n, m in self._models.items() if self._broken.get(n, 0) <= now}
-        claimed = book(lambda db: self._claim_in(db, limits), give_up=self._draining)
-        if claimed is None:
-            return None
-        pack, stale = claimed
-        if stale:
-            book(lambda db: queue.retire(db, models=list(limits), stale=stale), give_up=self._draining)
+        pack = book(lambda db: self._claim_in(db, limits), give_up=self._draining)
         if pack is None:
             return None
         self._aged_last = pack.aged
@@ -171,7 +166,7 @@ class Worker:
             tokens.wake([pack.model])  # there may be more than this worker can take
         return pack
 
-    def _claim_in(self, db: Session, limits: dict[str, PackLimit]) -> tuple[ClaimedPack | None, int]:
+    def _claim_in(self, db: Session, limits: dict[str, PackLimit]) -> ClaimedPack | None:
         # every other pack at most is an aged lane's: ageing bounds a wait, it does not undo the classes
         return queue.claim_pack(
             db, models=list(limits), worker=self.name, limits=limits, ageing=not self._aged_last
@@ -196,6 +191,7 @@ class Worker:
             log.exception("pack %d failed", pack.id)
             self.device_lost = _is_device_error(e)
             self._engines.pop(pack.model, None)
+            release()
             self._fail(pack, rest, f"{type(e).__name__}: {e}")
         finally:
             self._leases.drop(pack.id)

@@ -186,8 +186,8 @@ class Shelf:
         self.done += len(settled.done)
         if refused := len(stored) - len(settled.done) - len(settled.cancelled):
             log.warning("%d frames had been lost to somebody else: not booked", refused)
-        jobs = sorted({s.job_id for s in stored})
-        book(lambda db: queue.finish(db, jobs), give_up=self._quit)
+        if settled.over:
+            book(lambda db: queue.finish(db, sorted(settled.over)), give_up=self._quit)
 
     def _close(self, entry: _Open) -> None:
         self._leases.drop(entry.pack.id)

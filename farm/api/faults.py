@@ -52,56 +52,41 @@ def _allowed(error: Mapping[str, Any], loc: Sequence[int | str], model: type[Bas
 
 def _by_field(loc: Sequence[int | str]) -> str | None:
     """Fields whose limits are said as a whole, whichever of them was passed."""
-    match loc[-1] if loc else None:
-        case "priority":
-            return "allowed are 0 to 9, or urgent, standard, bulk"
-        case "seed":
-            return f"allowed are 0 to {MAX_SEED}"
-        case "count":
-            return f"allowed are 1 to {settings().max_count}"
-        case "prompt":
-            return f"allowed are 1 to {MAX_PROMPT} characters, none of them NUL"
-        case "negative_prompt":
-            return f"allowed are up to {MAX_PROMPT} characters, none of them NUL"
-        case "name":
-            return "allowed are 1 to 200 characters, none of them NUL"
-    return None
+    return {
+        "priority": "allowed are 0 to 9, or urgent, standard, bulk",
+        "seed": f"allowed are 0 to {MAX_SEED}",
+        "count": f"allowed are 1 to {settings().max_count}",
+        "prompt": f"allowed are 1 to {MAX_PROMPT} characters, none of them NUL",
+        "negative_prompt": f"allowed are up to {MAX_PROMPT} characters, none of them NUL",
+        "name": "allowed are 1 to 200 characters, none of them NUL",
+    }.get(str(loc[-1]) if loc else "")
 
 
-SIMPLE = {
+BY_TYPE = {
     "string_type": "it must be text",
     "bool_type": "it must be true or false",
-    "finite_number": "it must be a finite number",
     "model_type": "it must be an object",
     "model_attributes_type": "it must be an object",
     "dict_type": "it must be an object",
     "list_type": "it must be a list",
+    "enum": "allowed are {expected}",
+    "literal_error": "allowed are {expected}",
+    "greater_than_equal": "allowed are {ge} and more",
+    "less_than_equal": "allowed are up to {le}",
+    "string_too_short": "allowed are {min_length} characters and more",
+    "string_too_long": "allowed are up to {max_length} characters",
+    "too_short": "allowed are {min_length} items and more",
+    "too_long": "allowed are up to {max_length} items",
+    "finite_number": "it must be a finite number",
+    "int": "it must be an integer",
+    "float": "it must be a number",
+    "datetime": "it must be a time, as 2026-01-31T00:00:00Z",
 }
 
 
 def _by_type(kind: str, context: Mapping[str, Any]) -> str | None:
-    if kind.startswith("int_"):
-        return "it must be an integer"
-    if kind.startswith(("float_", "decimal_")):
-        return "it must be a number"
-    if kind.startswith(("datetime_", "date_", "timezone_")):
-        return "it must be a time, as 2026-01-31T00:00:00Z"
-    match kind:
-        case "enum" | "literal_error":
-            return f"allowed are {context['expected']}"
-        case "greater_than_equal":
-            return f"allowed are {context['ge']} and more"
-        case "less_than_equal":
-            return f"allowed are up to {context['le']}"
-        case "string_too_short":
-            return f"allowed are {context['min_length']} characters and more"
-        case "string_too_long":
-            return f"allowed are up to {context['max_length']} characters"
-        case "too_short":
-            return f"allowed are {context['min_length']} items and more"
-        case "too_long":
-            return f"allowed are up to {context['max_length']} items"
-    return SIMPLE.get(kind)
+    words = BY_TYPE.get(kind) or BY_TYPE.get(kind.partition("_")[0])
+    return words.format_map(context) if words else None
 
 
 def _fields_at(model: Any, loc: Sequence[int | str]) -> list[str]:

@@ -60,7 +60,10 @@ def of(error: FarmError, request_id: str) -> Response:
     }
     headers = {}
     if isinstance(error, Invalid):
-        shown = [{"field": f.field[:LONGEST], "value": shortened(f.value), "allowed": f.allowed} for f in error.faults]
+        shown = [
+            {"field": f.field[:LONGEST], "value": shortened(f.value), "allowed": f.allowed}
+            for f in error.faults
+        ]
         body |= {"detail": _sentence(shown), "errors": shown[:MOST_FAULTS]}
     elif isinstance(error, Refused):
         body |= {k: shortened(v) for k, v in error.facts.items() if k not in OWN}
@@ -70,8 +73,7 @@ def of(error: FarmError, request_id: str) -> Response:
         headers["Retry-After"] = str(error.retry_after_s)
     else:
         log.error("request %s: %s: %s", request_id, type(error).__name__, error)
-        body |= {"type": urn(FarmError), "title": FarmError(), "detail": _unsaid(request_id)}
-        body["title"] = FarmError().title
+        body |= {"type": urn(FarmError), "title": FarmError().title, "detail": _unsaid(request_id)}
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = 'Bearer realm="farm"'
     return _response(body, request_id, headers)
@@ -80,7 +82,8 @@ def of(error: FarmError, request_id: str) -> Response:
 def unexpected(request_id: str) -> Response:
     """The answer when something broke that nobody thought of."""
     return _response(
-        {"type": urn(FarmError), "title": FarmError().title, "status": 500, "detail": _unsaid(request_id)}, request_id
+        {"type": urn(FarmError), "title": FarmError().title, "status": 500, "detail": _unsaid(request_id)},
+        request_id,
     )
 
 
@@ -101,19 +104,21 @@ def _response(body: dict[str, Any], request_id: str, headers: Mapping[str, str] 
 
 def shortened(value: Any) -> Any:
     """The value as JSON can carry it, cut when long."""
-    if isinstance(value, str):
-        return value if len(value) <= LONGEST else value[: LONGEST - 1] + "…"
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        return value if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)}"
-    if isinstance(value, Mapping):
-        return f"an object with {len(value)} fields"
-    return shortened(str(value))
+    match value:
+        case None | bool():
+            shown: Any = value
+        case int():
+            shown = value if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
+        case float():
+            shown = value if math.isfinite(value) else str(value)
+        case list() | tuple():
+            shown = f"a list of {len(value)}"
+        case dict():
+            shown = f"an object with {len(value)} fields"
+        case _:
+            text = str(value)
+            shown = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return shown
 
 
 def install(app: FastAPI) -> None:

@@ -81,7 +81,14 @@ class Children:
         path = self.log_of(child.name)
         if path.exists() and path.stat().st_size > LOG_BYTES:
             path.replace(path.with_suffix(".old.log"))
-        command = [sys.executable, "-m", "farm.lifeline", str(child.patience_s), child.module, *child.arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "farm.lifeline",
+            str(child.patience_s),
+            child.module,
+            *child.arguments,
+        ]
         with open(path, "ab", opener=lambda file, flags: os.open(file, flags, 0o600)) as output:
             child.process = subprocess.Popen(
                 command,

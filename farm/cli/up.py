@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT, SIGTERM, signal
@@ -23,8 +23,8 @@ from farm.accounts import Role
 from farm.catalog import Model, catalog
 from farm.cli.children import Child, Children
 from farm.db import engine, transaction
-from farm.embedded import Services, services
-from farm.errors import Conflict, FarmError, Misconfigured, NotFound, Unauthorized
+from farm.embedded import Services, default_data, services
+from farm.errors import FarmError, Misconfigured, NotFound, Unauthorized
 from farm.settings import settings
 
 READY_S = 120  # the longest a start may take on a busy machine
@@ -65,10 +65,11 @@ def up(
     Raises Misconfigured for a port that is taken, naming it and its option, and for a folder in use.
     """
     data = data.expanduser().resolve()
-    _check_port(api_port, "--api-port")
-    _check_port(flower_port, "--flower-port")
     data.mkdir(parents=True, exist_ok=True, mode=0o711 if os.geteuid() == 0 else 0o700)
-    with _lock(data, say) as hold, services(data) as found:
+    with _lock(data, say) as hold, ExitStack() as stack:
+        _check_port(api_port, "--api-port")
+        _check_port(flower_port, "--flower-port")
+        found = stack.enter_context(services(data))
         say("Postgres, Redis and the store are there")
         (data / "logs").mkdir(mode=0o700, exist_ok=True)
         _point_settings_at(found, data)
@@ -96,14 +97,17 @@ def up(
             engine().dispose()
 
 
-def run(data: Path, *, api_port: int, flower_port: int, workers: int, say: Callable[[str], None] = print) -> None:
+def run(
+    data: Path, *, api_port: int, flower_port: int, workers: int, say: Callable[[str], None] = print
+) -> None:
     """Run the farm until SIGINT or SIGTERM."""
     stop = threading.Event()
     for number in (SIGINT, SIGTERM):
         signal(number, lambda *_: stop.set())
-    with up(
-        data, api_port=api_port, flower_port=flower_port, workers=workers, stop=stop, say=say
-    ) as (running, children):
+    with up(data, api_port=api_port, flower_port=flower_port, workers=workers, stop=stop, say=say) as (
+        running,
+        children,
+    ):
         if not stop.is_set():
             say(_welcome(running))
         while not stop.wait(0.2):
@@ -294,7 +298,7 @@ def _check_port(port: int, option: str) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as e:
-            raise Conflict(f"port {port} of 127.0.0.1 is taken: choose another with {option}") from e
+            raise Misconfigured(f"port {port} of 127.0.0.1 is taken: choose another with {option}") from e
 
 
 def _await_ready(running: Running, children: Children, stop: threading.Event) -> None:
@@ -324,13 +328,20 @@ def _stop(children: Children, say: Callable[[str], None]) -> None:
             signal(number, handler)
 
 
+def _how_to_load(running: Running) -> str:
+    """`farm` reads the file in the usual folder by itself."""
+    if running.data == default_data().resolve():
+        return ""
+    return f"         load them: set -a; . {running.env_file}; set +a"
+
+
 def _welcome(running: Running) -> str:
     return f"""
 The farm is ready.
 
   API      {running.url}         docs: {running.url}/docs
   Flower   {running.flower_url}         user {settings().flower_user}, password {running.flower_password}
-  Keys     {running.env_file}
+  Keys     {running.env_file}{_how_to_load(running)}
   Pools    {", ".join(running.pools) or "none"}
   Logs     {running.data / "logs"}
 

@@ -5,7 +5,7 @@
 -- keys before they are charged: bumped in no order they gave 10 deadlocks in 20,000 frames (DESIGN.md).
 -- UPDATE by id = ANY(ARRAY(…)): as a join the planner guessed thousands of rows and read the whole table.
 -- The bounds on id keep it within the partitions at hand. Reads job_lanes_head_idx, job_keys_call_idx,
--- frames_queued_idx.
+-- frames_queued_idx. emptied: this took the last queued frame of its key.
 WITH own AS MATERIALIZED (
     SELECT f.id, f.account_id, j.priority
     FROM (
@@ -22,7 +22,6 @@ WITH own AS MATERIALIZED (
         FROM frames AS f
         WHERE f.job_id = j.job_id AND f.key_no = j.key_no AND f.status = 'queued' AND NOT f.suspect
           AND f.id > j.job_id AND f.id <= last_frame_id(j.job_id)
-        ORDER BY f.id
         LIMIT :frames
         FOR UPDATE SKIP LOCKED
     ) AS f
@@ -44,7 +43,6 @@ WITH own AS MATERIALIZED (
         FROM frames AS f
         WHERE f.job_id = j.job_id AND f.key_no = j.key_no AND f.status = 'queued' AND NOT f.suspect
           AND f.id > j.job_id AND f.id <= last_frame_id(j.job_id)
-        ORDER BY f.id
         LIMIT :frames
         FOR UPDATE SKIP LOCKED
     ) AS f
@@ -91,7 +89,16 @@ WITH own AS MATERIALIZED (
     FROM cost AS c, locked AS k
     WHERE l.model = :model AND l.priority = c.priority AND l.account_id = c.account_id
       AND k.priority = c.priority AND k.account_id = c.account_id
+), emptied AS MATERIALIZED (
+    SELECT k.job_id, k.key_no
+    FROM (SELECT DISTINCT job_id, key_no FROM taken) AS k
+    WHERE NOT EXISTS (
+        SELECT FROM frames AS f
+        WHERE f.job_id = k.job_id AND f.key_no = k.key_no AND f.status = 'queued'
+          AND f.id > k.job_id AND f.id <= last_frame_id(k.job_id)
+          AND f.id <> ALL (ARRAY (SELECT id FROM picked))
+    )
 )
-SELECT pack.id AS pack_id, pack.lease_until, t.*
+SELECT pack.id AS pack_id, pack.lease_until, t.*, (t.job_id, t.key_no) IN (SELECT job_id, key_no FROM emptied) AS emptied
 FROM taken AS t CROSS JOIN pack
 ORDER BY t.id

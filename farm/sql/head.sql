@@ -2,21 +2,20 @@
 -- queued frame. A lane unserved for the ageing time comes before every class, if :ageing allows it.
 --
 -- The frame is locked (SKIP LOCKED: rivals take the next one), the lanes are only read: they are charged by
--- claim.sql, in the order of their keys. rank − 1 lanes before this one turned out empty: retire.sql.
--- Reads lanes_active_idx, job_lanes_head_idx, job_keys_open_idx, frames_queued_idx. last_frame_id() keeps the
+-- claim.sql, in the order of their keys. No ORDER BY inside a key: its index gives the oldest first anyway, and a
+-- sort over partitions would read all of them. Reads lanes_active_idx, job_lanes_head_idx, job_keys_open_idx, frames_queued_idx. last_frame_id() keeps the
 -- search within the job's own partition.
 WITH ordered AS MATERIALIZED (
-    SELECT l.model, l.priority, l.account_id, l.aged,
-           row_number() OVER (ORDER BY l.aged DESC, CASE WHEN l.aged THEN l.waiting_at END,
-                                       l.priority DESC, l.served, l.account_id, l.model) AS rank
+    SELECT l.model, l.priority, l.account_id, l.aged
     FROM (
         SELECT *, :ageing AND waiting_at < clock_timestamp() - make_interval(secs => :ageing_s) AS aged
         FROM lanes
         WHERE active AND model = ANY (CAST(:models AS text[]))
     ) AS l
-    ORDER BY rank
+    ORDER BY l.aged DESC, CASE WHEN l.aged THEN l.waiting_at END, l.priority DESC, l.served, l.account_id, l.model
 )
-SELECT o.model, o.priority, o.account_id, o.aged, o.rank,
+SELECT set_config('synchronous_commit', 'off', true), -- a claim that a crash undoes was never made
+       o.model, o.priority, o.account_id, o.aged,
        h.frame_id, h.suspect, h.call_key, h.pixels
 FROM ordered AS o
 CROSS JOIN LATERAL (
@@ -28,7 +27,6 @@ CROSS JOIN LATERAL (
         FROM frames AS f
         WHERE f.job_id = k.job_id AND f.key_no = k.key_no AND f.status = 'queued'
           AND f.id > k.job_id AND f.id <= last_frame_id(k.job_id)
-        ORDER BY f.id
         LIMIT 1
         FOR UPDATE SKIP LOCKED
     ) AS f

@@ -8,8 +8,8 @@ WITH stored AS MATERIALIZED (
     SELECT *
     FROM unnest(CAST(:frames AS uuid[]), CAST(:packs AS bigint[]), CAST(:keys AS text[]), CAST(:formats AS text[]),
                 CAST(:sha256s AS bytea[]), CAST(:pixel_sha256s AS bytea[]), CAST(:sizes AS integer[]),
-                CAST(:widths AS integer[]), CAST(:heights AS integer[]))
-         AS s (frame_id, pack_id, key, format, sha256, pixel_sha256, bytes, width, height)
+                CAST(:widths AS integer[]), CAST(:heights AS integer[]), CAST(:gpu_ms AS integer[]))
+         AS s (frame_id, pack_id, key, format, sha256, pixel_sha256, bytes, width, height, gpu_ms)
 ), held AS MATERIALIZED (
     SELECT id FROM packs
     WHERE id = ANY (CAST(:packs AS bigint[])) AND closed_at IS NULL
@@ -41,9 +41,8 @@ WITH stored AS MATERIALIZED (
 ), ended AS (
     UPDATE frames AS f
     SET status = CASE WHEN m.cancelled THEN 'cancelled' ELSE 'done' END,
-        image_id = (SELECT i.id FROM image AS i WHERE i.key = m.key AND NOT m.cancelled),
-        pack_id = NULL, suspect = false, ended_at = clock_timestamp()
-    FROM mine AS m
+        image_id = i.id, pack_id = NULL, suspect = false, ended_at = clock_timestamp()
+    FROM mine AS m LEFT JOIN image AS i ON i.key = m.key AND NOT m.cancelled
     WHERE f.id = ANY (CAST(:frames AS uuid[])) AND f.id >= CAST(:first AS uuid) AND f.id <= CAST(:last AS uuid)
       AND m.id = f.id
 ), charge AS MATERIALIZED (
@@ -69,5 +68,14 @@ WITH stored AS MATERIALIZED (
            jsonb_build_object('index', index)
     FROM charge
     ORDER BY id
+), closed AS (
+    UPDATE packs AS p
+    SET closed_at = clock_timestamp(), outcome = 'settled',
+        gpu_ms = (SELECT max(s.gpu_ms) FROM stored AS s WHERE s.pack_id = p.id)
+    WHERE p.id IN (SELECT id FROM held)
+      AND NOT EXISTS (SELECT FROM frames AS f WHERE f.pack_id = p.id AND f.id <> ALL (ARRAY (SELECT id FROM mine)))
 )
-SELECT id, cancelled FROM mine
+SELECT m.id, m.job_id, m.cancelled, NOT EXISTS (
+           SELECT FROM frames AS f WHERE f.job_id = m.job_id AND f.status = 'queued'
+             AND f.id > m.job_id AND f.id <= last_frame_id(m.job_id)) AS over
+FROM mine AS m

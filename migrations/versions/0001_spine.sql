@@ -164,8 +164,11 @@ CREATE TABLE workers (
 );
 
 -- Frames one worker claimed together. Its id is the fence, lease_until the lease.
+-- The id is a moment in microseconds and 12 random bits, no sequence: a crash may undo a claim that did not wait
+-- for the disk, and a sequence would then give its number, the fence, to somebody else.
 CREATE TABLE packs (
-    id          bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    id          bigint      PRIMARY KEY DEFAULT
+        ((extract(epoch FROM clock_timestamp()) * 1000000)::bigint << 12) | floor(random() * 4096)::bigint,
     worker      text        NOT NULL,
     model       text        NOT NULL,
     call_key    text        NOT NULL,

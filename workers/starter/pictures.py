@@ -1,4 +1,4 @@
-"""What the starter model knows: scenes of coloured shapes, how they are drawn and how they are put in words."""
+"""What the starter model knows: scenes of coloured shapes, drawn and put in words."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
     "black": (20, 20, 20),
 }
-SIZES = {"small": 0.13, "medium": 0.20, "large": 0.30}  # half width, as a share of the short side
+SIZES = {"small": 0.15, "medium": 0.21, "large": 0.30}  # half width, as a share of the short side
 PLACES = (
     "top left",
     "top",
@@ -162,7 +162,7 @@ def imagine(seed: int, width: int = 64, height: int = 64) -> Scene:
 def _single(rng: Random, colour: str, width: int, height: int) -> Thing:
     shape = rng.choice(list(SHAPES))
     size = rng.choice([*SIZES, None])
-    radius = SIZES[size] * rng.uniform(0.95, 1.05) if size else rng.uniform(0.13, 0.32)
+    radius = SIZES[size] * rng.uniform(0.95, 1.05) if size else rng.uniform(0.15, 0.32)
     place = rng.choices([*PLACES, "centre", None], [1] * len(PLACES) + [2, 2])[0]
     if place:
         x, y = spot(place, radius, width, height)
@@ -180,10 +180,8 @@ def _pair(rng: Random, background: str, colours: list[str], width: int, height: 
     x, y = 0.5 + rng.uniform(-0.05, 0.05), 0.5 + rng.uniform(-0.05, 0.05)
     things = []
     for way, colour in zip((1, -1), rng.choices(colours, k=2), strict=True):
-        radius, gap = rng.uniform(0.15, 0.19), rng.uniform(0.22, 0.25)
-        things.append(
-            Thing(rng.choice(list(SHAPES)), colour, x + way * dx * gap, y + way * dy * gap, radius)
-        )
+        radius, gap = rng.uniform(0.16, 0.20), rng.uniform(0.22, 0.25)
+        things.append(Thing(rng.choice(list(SHAPES)), colour, x + way * dx * gap, y + way * dy * gap, radius))
     return Scene(background, tuple(things), relation)
 
 
@@ -216,7 +214,9 @@ def _behind(scene: Scene, rng: Random) -> str:
     if scene.style == "striped":
         return rng.choice([f"a {first} and {second} striped background", f"{first} and {second} stripes"])
     if scene.style == "fading":
-        return rng.choice([f"a background fading from {first} to {second}", f"a {first} to {second} gradient"])
+        return rng.choice(
+            [f"a background fading from {first} to {second}", f"a {first} to {second} gradient"]
+        )
     plain = [f"a {first} background", f"a {first} background", f"{first}", f"a plain {first} background"]
     return rng.choice(plain)
 
@@ -246,5 +246,4 @@ def _where(place: str, rng: Random) -> str:
         return "in the " + rng.choice(["centre", "center", "middle"])
     if " " in place:
         return f"in the {place}" + rng.choice(["", "", " corner"])
-    side = rng.choice(["at the {}", "on the {}", "in the {}"]).format(place)
-    return side
+    return rng.choice(["at the {}", "on the {}", "in the {}"]).format(place)

@@ -114,7 +114,8 @@ def shape_of(solid: Mask) -> tuple[str, float]:
     """Name the shape that a mask, cut to its box, overlaps best, and by how much (0 to 1)."""
     scaled = np.asarray(Image.fromarray(solid).resize((GRID, GRID), Image.Resampling.NEAREST))
     likeness = {
-        shape: float((scaled & outline).sum() / (scaled | outline).sum()) for shape, outline in _outlines().items()
+        shape: float((scaled & outline).sum() / (scaled | outline).sum())
+        for shape, outline in _outlines().items()
     }
     best = max(likeness, key=lambda shape: likeness[shape])
     return best, likeness[best]
@@ -157,5 +158,7 @@ def size_of(radius: float) -> str:
 
 
 def _distance(one: NDArray[np.generic], two: NDArray[np.generic]) -> NDArray[np.float32]:
-    apart: NDArray[np.float32] = np.linalg.norm(np.asarray(one, np.float32) - np.asarray(two, np.float32), axis=-1)
+    apart: NDArray[np.float32] = np.linalg.norm(
+        np.asarray(one, np.float32) - np.asarray(two, np.float32), axis=-1
+    )
     return apart

@@ -1,4 +1,4 @@
-"""Step 2: a small CLIP, so that an image can be scored against its prompt. The denoiser starts from its text tower."""
+"""Step 2: a small CLIP that scores an image against its prompt; the denoiser starts from its text tower."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
         patch_size=8,
     )
     text = text_config(tokenizer)
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64))
+    return CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
+    )
 
 
 def train_clip(folder: Path, tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -59,7 +61,10 @@ def train_clip(folder: Path, tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def captioned_batch(first_seed: int, count: int) -> tuple[torch.Tensor, list[str]]:
-    """Draw pictures for the seeds from first_seed on; values -1 to 1, shape (count, 3, 64, 64), and their captions."""
+    """Draw pictures for the seeds from first_seed on, with their captions.
+
+    Values -1 to 1, shape (count, 3, 64, 64).
+    """
     scenes = [imagine(seed) for seed in range(first_seed, first_seed + count)]
     captions = [caption(scene, first_seed + row) for row, scene in enumerate(scenes)]
     return to_tensor(np.stack([draw(scene) for scene in scenes])), captions

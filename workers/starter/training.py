@@ -1,4 +1,4 @@
-"""One loop for the three networks: steps, a learning rate that rises and falls, averaged weights, checkpoints."""
+"""One loop for the three networks: a learning rate that rises and falls, averaged weights, checkpoints."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def fit(module: nn.Module, loss: Callable[[int], torch.Tensor], course: Course) 
 
 
 def pace(done: float) -> float:
-    """Share of the peak learning rate when this share of the steps is done: up in a twelfth, then down to 0."""
+    """Return the share of the peak learning rate: up in the first twelfth, then down to 0."""
     return min(12 * done, 0.5 + 0.5 * math.cos(math.pi * max(0.0, done - 1 / 12) * 12 / 11))
 
 

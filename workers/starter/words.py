@@ -6,6 +6,7 @@ A word of the captions is one token. Any other text falls back to pieces and, at
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 from transformers import CLIPTokenizer
 
@@ -14,10 +15,19 @@ from workers.starter.pictures import caption, imagine
 END_OF_WORD = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
 # What people write around what they want to see.
-EXTRA = """a an the of and or with without no not in on at to from by for is it this that picture photo image drawing
-painting sketch render style simple flat clean sharp blurry bad low high quality detailed shape shapes colour color
-colours colors one two three very bright dark light big tiny cat dog house tree sky sun moon person gray grey pink
-brown cyan gold silver hexagon rectangle oval line dot s""".split()
+# fmt: off
+EXTRA = [
+    "a", "an", "the", "of", "and", "or", "with", "without", "no", "not", "in", "on", "at", "to", "from",
+    "by", "for",
+    "is", "it",
+    "this", "that", "picture", "photo", "image", "drawing", "painting", "sketch", "render", "style",
+    "simple", "flat", "clean", "sharp", "blurry", "bad", "low", "high", "quality", "detailed", "shape",
+    "shapes", "colour", "color", "colours", "colors", "one", "two", "three", "very", "bright", "dark",
+    "light", "big", "tiny", "cat", "dog", "house", "tree", "sky", "sun", "moon", "person",
+    "gray", "grey", "pink",
+    "brown", "cyan", "gold", "silver", "hexagon", "rectangle", "oval", "line", "dot", "s",
+]
+# fmt: on
 
 
 def new_tokenizer() -> CLIPTokenizer:
@@ -41,7 +51,7 @@ def _merges(words: list[str]) -> list[tuple[str, str]]:
     """Join the commonest neighbours again and again, until each word is one token."""
     parts = [[*word[:-1], word[-1] + END_OF_WORD] for word in words]
     merges = []
-    while pairs := Counter(pair for part in parts for pair in zip(part, part[1:], strict=False)):
+    while pairs := Counter(pair for part in parts for pair in pairwise(part)):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         parts = [_join(part, best) for part in parts]

@@ -1,0 +1,58 @@
+# `make demo` works from a bare checkout. PYTHON names the Python to build .venv with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FRAMES ?= 200
+
+.PHONY: demo test check lint types layers drift format bench chaos constraints clean help
+
+help: ## what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+demo: $(STAMP) ## start a farm, render 30 images for two accounts, show them and the bills, stop
+	@$(BIN)/farm demo
+
+test: $(STAMP) ## every test that needs no GPU and takes no minutes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
+check: lint types layers drift ## style, types, layers, and that migrations say what tables.py says
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+layers: $(STAMP)
+	$(BIN)/lint-imports
+
+drift: $(STAMP)
+	$(BIN)/python .ci/drift.py
+
+format: $(STAMP) ## let ruff write it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## the figures of the README
+	@for file in benchmarks/[a-z]*.py; do \
+		name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+chaos: $(STAMP) ## kill everything while it renders, and check that nothing is lost or billed twice: make chaos FRAMES=2000
+	FRAMES=$(FRAMES) $(BIN)/python -m pytest -m slow -k chaos --timeout 3600 tests
+
+constraints: $(STAMP) ## pin what is installed now
+	$(BIN)/python .ci/pin.py > constraints.txt.new
+	mv constraints.txt.new constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# Once, and again when what is needed changes.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) .ci/venv.py $(VENV)
+	@echo "installing into $(VENV): about 2 GB the first time, a few minutes"
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[worker,embedded,dev]' \
+		| grep -vE '^(Requirement already|  Downloading|Collecting|  Using cached)'
+	@touch $(STAMP)

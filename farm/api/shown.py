@@ -1,0 +1,157 @@
+"""Rows as the API shows them. Each takes as many queries for a page as for one."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from uuid import UUID
+
+from fastapi import Request
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from farm import answers, ids, jobs, pricing
+from farm.api.progress import Progress
+from farm.jobs import JobStatus, JobView
+from farm.queue import FrameStatus
+from farm.settings import settings
+from farm.spec import CONTENT_TYPE, Format
+from farm.tables import Frame, Image, Job, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What an answer needs beside the rows: where clients reach the farm, and the steps being made."""
+
+    url: str
+    progress: Progress
+
+    @classmethod
+    def of(cls, request: Request) -> "Around":
+        url = settings().public_url or str(request.base_url)
+        return cls(url.rstrip("/"), request.app.state.progress)
+
+
+# ------------------------------------------------------------------------------------------------ jobs
+
+
+def job(db: Session, view: JobView, around: Around) -> answers.Job:
+    return job_list(db, [view], around)[0]
+
+
+def job_list(db: Session, views: Sequence[JobView], around: Around) -> list[answers.Job]:
+    parts = _parts_done(db, [v.id for v in views if v.running], around.progress)
+    return [_job(v, parts.get(v.id, 0.0), around) for v in views]
+
+
+def _parts_done(db: Session, running: Sequence[UUID], progress: Progress) -> Mapping[UUID, float]:
+    """How many frames' worth of steps were made of those on a device, by job."""
+    parts: dict[UUID, float] = {}
+    if running and progress.state == "up":
+        rows = db.execute(
+            select(Frame.job_id, Frame.index, Frame.pack_id).where(
+                Frame.pack_id.is_not(None), Frame.job_id.in_(running)
+            )
+        )
+        for job_id, index, pack in rows.tuples():
+            parts[job_id] = parts.get(job_id, 0.0) + progress.of(job_id, index, pack)
+    return parts
+
+
+def _job(view: JobView, part: float, around: Around) -> answers.Job:
+    name = ids.public("job", view.id)
+    url = f"{around.url}/v1/jobs/{name}"
+    ended = view.done + view.failed + view.cancelled
+    return answers.Job(
+        id=name,
+        name=view.name,
+        status=view.status,
+        priority=view.priority,
+        frames=view.frames,
+        counts=answers.Counts(
+            queued=view.queued,
+            running=view.running,
+            done=view.done,
+            failed=view.failed,
+            cancelled=view.cancelled,
+        ),
+        progress=round(min(1.0, (ended + part) / view.frames), 6),
+        currency=view.currency,
+        quoted=pricing.shown(view.quoted),
+        held=pricing.shown(view.held),
+        charged=pricing.shown(view.charged),
+        created_at=view.created_at,
+        ended_at=view.ended_at,
+        urls=answers.JobUrls(self=url, frames=f"{url}/frames", sheet=f"{url}/sheet", cancel=f"{url}/cancel"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ frames
+
+
+def frame(db: Session, row: Frame, around: Around) -> answers.Frame:
+    return frame_list(db, [row], around)[0]
+
+
+def frame_list(db: Session, rows: Sequence[Frame], around: Around) -> list[answers.Frame]:
+    images, costs, cancelled = images_of(db, rows), _costs_of(db, rows), cancelled_among(db, rows)
+    return [
+        _frame(r, images.get(r.image_id or 0), costs.get(r.id), r.job_id in cancelled, around) for r in rows
+    ]
+
+
+def images_of(db: Session, rows: Iterable[Frame]) -> Mapping[int, Image]:
+    """The images of these frames, by their id."""
+    wanted = {r.image_id for r in rows if r.image_id is not None}
+    return {i.id: i for i in db.scalars(select(Image).where(Image.id.in_(wanted)))} if wanted else {}
+
+
+def cancelled_among(db: Session, rows: Iterable[Frame]) -> set[UUID]:
+    """The cancelled jobs of these frames, as far as a frame of theirs is open."""
+    wanted = {r.job_id for r in rows if r.ended_at is None}
+    if not wanted:
+        return set()
+    return set(db.scalars(select(Job.id).where(Job.id.in_(wanted), Job.status == JobStatus.CANCELLED)))
+
+
+def _costs_of(db: Session, rows: Iterable[Frame]) -> Mapping[UUID, Decimal]:
+    wanted = [r.id for r in rows if r.status == FrameStatus.DONE]
+    if not wanted:
+        return {}
+    found = select(Usage.frame_id, func.sum(Usage.amount)).where(Usage.frame_id.in_(wanted))
+    return dict(db.execute(found.group_by(Usage.frame_id)).tuples().all())
+
+
+def _frame(
+    row: Frame, image: Image | None, cost: Decimal | None, job_cancelled: bool, around: Around
+) -> answers.Frame:
+    name = ids.public("job", row.job_id)
+    done = row.status == FrameStatus.DONE
+    return answers.Frame(
+        id=ids.public("frm", row.id),
+        job=name,
+        index=row.index,
+        status=jobs.shown_status(row, job_cancelled),
+        progress=1.0 if done else round(around.progress.of(row.job_id, row.index, row.pack_id), 6),
+        attempts=row.attempts,
+        seed=row.seed,
+        spec=row.spec,
+        cost=None if cost is None else pricing.shown(cost),
+        image=image and _image(image, f"{around.url}/v1/jobs/{name}/frames/{row.index}/image"),
+        reason=row.reason,
+        ended_at=row.ended_at,
+    )
+
+
+def _image(image: Image, url: str) -> answers.ImageFile:
+    return answers.ImageFile(
+        url=url,
+        sha256=image.sha256.hex(),
+        bytes=image.bytes,
+        width=image.width,
+        height=image.height,
+        content_type=content_type(image),
+    )
+
+
+def content_type(image: Image) -> str:
+    return CONTENT_TYPE[Format(image.format)]

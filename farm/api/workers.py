@@ -1,0 +1,48 @@
+"""Workers, and the packs they have in hand."""
+
+from collections import defaultdict
+
+from fastapi import APIRouter
+from sqlalchemy import select
+
+from farm import answers
+from farm.api.auth import Admin
+from farm.api.problems import documented
+from farm.db import transaction
+from farm.tables import Pack, Worker
+
+router = APIRouter(prefix="/v1/workers", tags=["admin"])
+
+
+@router.get("", responses=documented(403))
+def list_workers(caller: Admin) -> answers.Workers:
+    """Every worker the farm knows of."""
+    in_hand: dict[str, list[Pack]] = defaultdict(list)
+    with transaction() as db:
+        for pack in db.scalars(select(Pack).where(Pack.closed_at.is_(None)).order_by(Pack.id)):
+            in_hand[pack.worker].append(pack)
+        workers = db.scalars(select(Worker).order_by(Worker.pool, Worker.id)).all()
+    return answers.Workers(workers=[_worker(w, in_hand[w.id]) for w in workers])
+
+
+def _worker(worker: Worker, packs: list[Pack]) -> answers.Worker:
+    return answers.Worker(
+        id=worker.id,
+        pool=worker.pool,
+        models=worker.models,
+        device=worker.device,
+        state=worker.state,
+        started_at=worker.started_at,
+        seen_at=worker.seen_at,
+        packs=[
+            answers.PackInHand(
+                id=p.id,
+                model=p.model,
+                priority=p.priority,
+                frames=p.frames,
+                claimed_at=p.claimed_at,
+                lease_until=p.lease_until,
+            )
+            for p in packs
+        ],
+    )

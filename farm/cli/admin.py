@@ -1,0 +1,163 @@
+"""What admins look at and change; `--offline` does it in the database, without an API."""
+
+from typing import Annotated
+
+import typer
+
+from farm.answers import NewKey
+from farm.cli import show
+from farm.cli.offline import Offline
+from farm.cli.session import Json, as_account, as_admin
+from farm.client import Farm
+
+app = typer.Typer()
+accounts = typer.Typer(no_args_is_help=True, help="Who pays.")
+keys = typer.Typer(no_args_is_help=True, help="How accounts prove themselves.")
+app.add_typer(accounts, name="accounts")
+app.add_typer(keys, name="keys")
+
+IsOffline = Annotated[
+    bool, typer.Option("--offline", help="work on FARM_DATABASE_URL itself; keys need FARM_SECRET")
+]
+
+
+def _books(offline: bool) -> Farm | Offline:
+    return Offline() if offline else as_admin()
+
+
+@app.command()
+def models(json: Json = False) -> None:
+    """List the models that may be asked for, and what they cost."""
+    with as_account() as farm:
+        listed = farm.models()
+    if json:
+        show.as_json(listed)
+        return
+    show.table(
+        ("model", "title", "pool", "sides", "steps", ">price", "for"),
+        [
+            (m.name, m.title, m.pool, f"{m.side.min}–{m.side.max}, ×{m.side.multiple}",
+             f"{m.steps.min}–{m.steps.max}, {m.steps.default}",
+             f"{m.price.rate} {m.price.currency}" if m.price else None,
+             {"mpx_step": "a megapixel and step", "image": "an image"}[m.price.method] if m.price else "")
+            for m in listed
+        ],
+        empty="the catalog is empty",
+    )  # fmt: skip
+
+
+@app.command()
+def workers(json: Json = False) -> None:
+    """List workers, and what they have in hand."""
+    with as_admin() as farm:
+        listed = farm.workers()
+    if json:
+        show.as_json(listed)
+        return
+    show.table(
+        ("worker", "pool", "device", "state", "seen (UTC)", ">packs", ">frames", "rendering"),
+        [
+            (w.id, w.pool, w.device, w.state, w.seen_at, len(w.packs), sum(p.frames for p in w.packs),
+             ", ".join(sorted({p.model for p in w.packs})))
+            for w in listed
+        ],
+        empty="no worker has been here: python -m workers --pool starter",
+    )  # fmt: skip
+
+
+@app.command()
+def audit(offline: IsOffline = False, json: Json = False) -> None:
+    """Check every fact of the books. Exits with 1 if one is not as it must be."""
+    with _books(offline) as books:
+        wrong = books.audit()
+    if json:
+        show.as_json(wrong)
+    elif wrong:
+        show.table(
+            ("violation", "subject", "detail"), [(v.violation, v.subject, v.detail) for v in wrong], empty=""
+        )
+    else:
+        show.say("the books are right")
+    if wrong:
+        raise typer.Exit(1)
+
+
+@accounts.command("list")
+def list_accounts(offline: IsOffline = False, json: Json = False) -> None:
+    """List accounts."""
+    with _books(offline) as books:
+        listed = books.accounts()
+    if json:
+        show.as_json(listed)
+        return
+    show.table(
+        ("account", "currency", ">weight", "created (UTC)"),
+        [(a.name, a.currency, a.weight, a.created_at) for a in listed],
+        empty="no accounts yet: farm accounts add NAME",
+    )
+
+
+@accounts.command("add")
+def add_account(
+    name: str,
+    currency: Annotated[str, typer.Option(help="three capital letters")] = "USD",
+    weight: Annotated[int, typer.Option(help="its share beside others of the same priority")] = 1,
+    offline: IsOffline = False,
+    json: Json = False,
+) -> None:
+    """Add an account."""
+    with _books(offline) as books:
+        added = books.add_account(name, currency=currency, weight=weight)
+    show.as_json(added) if json else show.say(
+        f"account {added.name} added; its first key: farm keys add {added.name}"
+    )
+
+
+@keys.command("list")
+def list_keys(account: str, offline: IsOffline = False, json: Json = False) -> None:
+    """List an account's API keys, without their secrets."""
+    with _books(offline) as books:
+        listed = books.keys(account)
+    if json:
+        show.as_json(listed)
+        return
+    show.table(
+        ("key", "role", ">version", "created (UTC)", "revoked (UTC)"),
+        [(k.id, k.role, k.version, k.created_at, k.revoked_at) for k in listed],
+        empty=f"no keys yet: farm keys add {account}",
+    )
+
+
+@keys.command("add")
+def add_key(
+    account: str,
+    role: Annotated[str, typer.Option(help="read, submit or admin")] = "submit",
+    offline: IsOffline = False,
+    json: Json = False,
+) -> None:
+    """Add an API key, and show it this once."""
+    with _books(offline) as books:
+        _show_new(books.add_key(account, role=role), json)
+
+
+@keys.command("rotate")
+def rotate_key(key: str, offline: IsOffline = False, json: Json = False) -> None:
+    """Give a key its next secret; the one before stops working."""
+    with _books(offline) as books:
+        _show_new(books.rotate_key(key), json)
+
+
+@keys.command("revoke")
+def revoke_key(key: str, offline: IsOffline = False, json: Json = False) -> None:
+    """Let a key work no more."""
+    with _books(offline) as books:
+        revoked = books.revoke_key(key)
+    show.as_json(revoked) if json else show.say(f"{revoked.id} revoked")
+
+
+def _show_new(key: NewKey, json: bool) -> None:
+    if json:
+        show.as_json(key)
+        return
+    show.complain(f"{key.id} of {key.account}, role {key.role}; it is shown this once:")
+    show.say(key.api_key)

@@ -1,0 +1,333 @@
+"""`farm submit` and what can be done to a job."""
+
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from farm.answers import Frame, Job
+from farm.cli import show
+from farm.cli.session import JobId, Json, as_account, on_job
+from farm.client import Farm
+from farm.errors import FarmError
+
+EXTENSIONS = {"image/png": "png", "image/webp": "webp", "image/jpeg": "jpeg"}
+DOWNLOADS = 4  # at once
+LISTED = 50  # frames whose outcome is listed after watching
+INTERRUPTED = 130
+
+app = typer.Typer()
+
+To = Annotated[Path, typer.Option("--to", help="folder for the images; it is made", file_okay=False)]
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", text)
+    if match is None:
+        raise typer.BadParameter("allowed is WIDTHxHEIGHT in pixels, as 512x768", param_hint="--size")
+    return int(match[1]), int(match[2])
+
+
+def _priority(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+@app.command()
+def submit(
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPT…", help="what to render; several make one job")
+    ],
+    model: Annotated[str | None, typer.Option(help="`farm models` lists them")] = None,
+    count: Annotated[int, typer.Option(help="images a prompt, one seed each")] = 1,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels", metavar="64x64")] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps")] = None,
+    guidance: Annotated[float | None, typer.Option(help="how closely to follow the prompt")] = None,
+    sampler: Annotated[str | None, typer.Option(help="`farm models --json` lists them")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the first image; the others count up")] = None,
+    priority: Annotated[str, typer.Option(help="urgent, standard, bulk, or 0 to 9")] = "standard",
+    image_format: Annotated[str | None, typer.Option("--format", help="png, webp or jpeg")] = None,
+    negative: Annotated[str | None, typer.Option(help="what not to show")] = None,
+    name: Annotated[str | None, typer.Option(help="a name for the job")] = None,
+    idempotency_key: Annotated[str | None, typer.Option(help="accept the job once under this key")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="show progress until it has ended")] = False,
+    save: Annotated[
+        Path | None, typer.Option(help="folder for the images; watches too", file_okay=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Send a job. It is durable when this returns."""
+    sides = _size(size)
+    asked = {"model": model, "count": count, "steps": steps, "guidance": guidance, "sampler": sampler,
+             "seed": seed, "format": image_format, "negative_prompt": negative,
+             "width": sides and sides[0], "height": sides and sides[1]}  # fmt: skip
+    common = {k: v for k, v in asked.items() if v is not None}
+    specs: list[dict[str, Any]] = [{"prompt": p, **common} for p in prompts]
+    with as_account() as farm:
+        job = farm.submit(
+            specs[0] if len(specs) == 1 else specs,
+            priority=_priority(priority),
+            name=name,
+            idempotency_key=idempotency_key,
+        )
+        if not (watch or save):
+            show.as_json(job) if json else show.say(f"{job.id} accepted: {_summary(job)}")
+            return
+        show.complain(f"{job.id} accepted: {_summary(job)}")
+        _follow(farm, job.id, json=json, save=save)
+
+
+def _summary(job: Job) -> str:
+    images = "1 image" if job.frames == 1 else f"{job.frames} images"
+    return f"{images}, at most {job.quoted} {job.currency}"
+
+
+def _follow(farm: Farm, job_id: str, *, json: bool = False, save: Path | None = None) -> None:
+    """Watch a job to its end and say what became of each image. Exits with 1 if one failed."""
+    try:
+        job = _progress(farm, job_id)
+    except KeyboardInterrupt:
+        show.complain(f"{job_id} goes on without you; watch it again: farm watch {job_id}")
+        raise typer.Exit(INTERRUPTED) from None
+    except FarmError:
+        show.complain(f"lost sight of {job_id}, which goes on; watch it again: farm watch {job_id}")
+        raise
+    if json:
+        show.as_json(job)
+    else:
+        _outcome(farm, job)
+    if save:
+        _save(farm, job.id, save)
+    if job.counts.failed:
+        raise typer.Exit(1)
+
+
+def _progress(farm: Farm, job_id: str) -> Job:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[images]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=show.err) as bar:
+        line = bar.add_task("queued", total=1.0, images="")
+        started, first = time.monotonic(), None
+        for job in farm.watch(job_id):
+            first = job.counts.done if first is None else first
+            rate = (job.counts.done - first) / max(0.1, time.monotonic() - started)
+            images = f"{job.counts.done}/{job.frames} images" + (f", {rate:.1f}/s" if rate else "")
+            bar.update(line, completed=job.progress, description=job.status, images=images)
+    return job
+
+
+def _outcome(farm: Farm, job: Job) -> None:
+    frames = list(farm.frames(job.id, limit=LISTED))
+    _frames_table(frames)
+    if job.frames > LISTED:
+        show.complain(f"… and {job.frames - LISTED} more: farm frames {job.id}")
+    counts = job.counts
+    bad = "".join(
+        f", {n} {what}" for what, n in (("failed", counts.failed), ("cancelled", counts.cancelled)) if n
+    )
+    show.say(f"{job.id} {job.status}: {counts.done} of {job.frames} done{bad}; {job.charged} {job.currency}")
+
+
+@app.command()
+def jobs(limit: Annotated[int, typer.Option(help="the newest so many")] = 20, json: Json = False) -> None:
+    """List the account's jobs, newest first."""
+    with as_account() as farm:
+        listed = farm.jobs(limit=limit)
+    if json:
+        show.as_json(listed)
+        return
+    show.table(
+        ("job", "name", "status", ">priority", ">done", ">of", ">cost", "", "created (UTC)"),
+        [
+            (
+                j.id,
+                j.name or "",
+                j.status,
+                j.priority,
+                j.counts.done,
+                j.frames,
+                j.charged,
+                j.currency,
+                j.created_at,
+            )
+            for j in listed
+        ],
+        empty='no jobs yet: farm submit "a red circle on a blue background"',
+    )
+
+
+@app.command()
+def job(job: JobId, json: Json = False) -> None:
+    """Show one job."""
+    with on_job(job) as (farm, job_id):
+        _show_job(farm.job(job_id), json)
+
+
+def _show_job(job: Job, json: bool) -> None:
+    if json:
+        show.as_json(job)
+        return
+    counts = job.counts
+    facts: list[tuple[str, Any]] = [
+        ("job", job.id),
+        ("name", job.name),
+        ("status", job.status),
+        ("priority", job.priority),
+        ("images", f"{counts.done} of {job.frames} done, {counts.running} running, {counts.queued} queued, "
+                   f"{counts.failed} failed, {counts.cancelled} cancelled"),
+        ("cost", f"{job.charged} {job.currency} so far, at most {job.quoted}"),
+        ("created", job.created_at),
+        ("ended", job.ended_at),
+    ]  # fmt: skip
+    show.table(("", ""), facts, empty="")
+
+
+@app.command()
+def frames(
+    job: JobId,
+    first: Annotated[int, typer.Option(help="from this index on")] = 0,
+    limit: Annotated[int | None, typer.Option(help="so many at most")] = None,
+    status: Annotated[
+        str | None, typer.Option(help="only those: queued, claimed, done, failed, cancelled")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List a job's frames: one image and one seed each."""
+    with on_job(job) as (farm, job_id):
+        listed = list(farm.frames(job_id, first=first, limit=limit, status=status))
+    show.as_json(listed) if json else _frames_table(listed)
+
+
+def _frames_table(listed: list[Frame]) -> None:
+    show.table(
+        (">#", "status", "prompt", "size", ">steps", ">seed", ">cost", "why"),
+        [
+            (f.index, f.status, _short(f.spec["prompt"]), f"{f.spec['width']}x{f.spec['height']}",
+             f.spec["steps"], f.seed, f.cost, f.reason or "")
+            for f in listed
+        ],
+        empty="no frames",
+    )  # fmt: skip
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+@app.command()
+def images(job: JobId, to: To = Path("images")) -> None:
+    """Save a job's images."""
+    with on_job(job) as (farm, job_id):
+        _save(farm, job_id, to)
+
+
+def _save(farm: Farm, job_id: str, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    done = [f for f in farm.frames(job_id, status="done") if f.image]
+    with ThreadPoolExecutor(DOWNLOADS) as downloads:
+        paths = list(downloads.map(lambda f: _save_one(farm, f, folder), done))
+    show.complain(f"{len(paths)} images saved in {folder}" if paths else "no image is done yet")
+    return paths
+
+
+def _save_one(farm: Farm, frame: Frame, folder: Path) -> Path:
+    extension = EXTENSIONS.get(frame.image.content_type if frame.image else "", "bin")
+    path = folder / f"{frame.job}-{frame.index:05}.{extension}"
+    write(path, farm.image(frame.job, frame.index))
+    return path
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file in one step: half an image is never there."""
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(content)
+    new.replace(path)
+
+
+@app.command()
+def cancel(job: JobId, json: Json = False) -> None:
+    """Stop a job: what was not done is not billed."""
+    with on_job(job) as (farm, job_id):
+        _show_job(farm.cancel(job_id), json)
+
+
+@app.command()
+def pause(job: JobId, json: Json = False) -> None:
+    """Hand out no further frame of a job."""
+    with on_job(job) as (farm, job_id):
+        _show_job(farm.pause(job_id), json)
+
+
+@app.command()
+def resume(job: JobId, json: Json = False) -> None:
+    """Hand out frames of a paused job again."""
+    with on_job(job) as (farm, job_id):
+        _show_job(farm.resume(job_id), json)
+
+
+@app.command()
+def priority(
+    job: JobId,
+    to: Annotated[str, typer.Argument(metavar="PRIORITY", help="urgent, standard, bulk, or 0 to 9")],
+    json: Json = False,
+) -> None:
+    """Move a job to another priority: its next frame is handed out as such."""
+    with on_job(job) as (farm, job_id):
+        _show_job(farm.reprioritise(job_id, _priority(to)), json)
+
+
+@app.command()
+def watch(
+    job: JobId,
+    save: Annotated[Path | None, typer.Option(help="folder for the images", file_okay=False)] = None,
+    json: Json = False,
+) -> None:
+    """Show a job's progress until it has ended."""
+    with on_job(job) as (farm, job_id):
+        _follow(farm, job_id, json=json, save=save)
+
+
+@app.command()
+def sheet(
+    job: JobId,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="the file; JOB.png if left out")] = None,
+) -> None:
+    """Save a job's contact sheet: every image with its prompt, a PNG."""
+    with on_job(job) as (farm, job_id):
+        path = out or Path(f"{job_id}.png")
+        write(path, farm.sheet(job_id))
+    show.say(str(path))
+
+
+@app.command()
+def usage(
+    since: Annotated[datetime | None, typer.Option(help="UTC")] = None,
+    until: Annotated[datetime | None, typer.Option(help="UTC, itself not included")] = None,
+    json: Json = False,
+) -> None:
+    """Show what the account used, to the last digit."""
+    from farm.cli.session import utc
+
+    with as_account() as farm:
+        used = farm.usage(since=utc(since), until=utc(until))
+    if json:
+        show.as_json(used)
+        return
+    show.table(
+        ("model", "method", ">rate", ">images", ">quantity", ">amount", ""),
+        [(u.model, u.method, u.rate, u.frames, u.quantity, u.amount, u.currency) for u in used.lines],
+        empty="nothing was used",
+    )
+    for currency, amount in used.totals.items():
+        show.say(f"total {amount} {currency}")

@@ -1,0 +1,22 @@
+-- Admit a job: its row with the hold, its places in lanes, its distinct keys, its idempotency key and the event, in
+-- one statement. The frames follow by COPY, the lanes by open_lanes.sql.
+WITH job AS (
+    INSERT INTO jobs (id, account_id, api_key_id, name, status, priority, runnable, frames, currency, quoted, held)
+    VALUES (:job_id, :account_id, :api_key_id, :name, 'active', :priority, true, :frames, :currency, :quoted, :quoted)
+), lane AS (
+    INSERT INTO job_lanes (job_id, model, account_id, priority, runnable)
+    SELECT DISTINCT CAST(:job_id AS uuid), model, CAST(:account_id AS uuid), CAST(:priority AS smallint), true
+    FROM unnest(CAST(:models AS text[])) AS m (model)
+), key AS (
+    INSERT INTO job_keys (job_id, key_no, model, account_id, shape_key, call_key, pixels)
+    SELECT :job_id, k.no - 1, k.model, :account_id, k.shape_key, k.call_key, k.pixels
+    FROM unnest(CAST(:models AS text[]), CAST(:shape_keys AS text[]), CAST(:call_keys AS text[]),
+                CAST(:pixels AS integer[])) WITH ORDINALITY AS k (model, shape_key, call_key, pixels, no)
+), once AS (
+    INSERT INTO idempotency_keys (account_id, key, body_sha256, job_id)
+    SELECT :account_id, CAST(:idempotency_key AS text), :body_sha256, :job_id
+    WHERE CAST(:idempotency_key AS text) IS NOT NULL
+)
+INSERT INTO outbox (account_id, job_id, kind, data)
+VALUES (:account_id, :job_id, 'job.accepted',
+        jsonb_build_object('frames', CAST(:frames AS integer), 'priority', CAST(:priority AS smallint)))
