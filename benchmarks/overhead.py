@@ -1,4 +1,4 @@
-"""What the farm costs: one worker of the whole farm against a bare loop of stock pipe() calls, the same packs.
+"""What the farm costs: one worker of a whole farm against a bare loop of stock pipe() calls, the same packs.
 
 The farm's time runs from the first claim to the last settle: it encodes, stores with fsync, books and bills
 each image, with Postgres, Redis, Celery and the sweep on the same machine. The loop drops its images.

@@ -1,4 +1,4 @@
-"""What people build first: a Celery task an image, on the same stock pipeline; its result is a PNG in a folder.
+"""What people build first: a Celery task an image, on the same stock pipeline; the result is a PNG in a folder.
 
 A broker database and a queue of its own, prefork with one child, one thread. It has nothing of the farm's: no
 books, no leases, no fsync.

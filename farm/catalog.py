@@ -34,7 +34,7 @@ class _Entry(BaseModel):
 
 def _exact(value: Any) -> Any:
     if isinstance(value, float):
-        raise ValueError("write a rate as a string, so that it stays exact")  # noqa: TRY004
+        raise ValueError("write a rate as a string, so that it stays exact")
     return value
 
 

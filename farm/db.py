@@ -19,6 +19,11 @@ from farm.errors import DatabaseAway, Misconfigured
 from farm.settings import settings
 
 IDLE_S = 5.0
+OPTIONS = (
+    "timezone=UTC",
+    "plan_cache_mode=force_generic_plan",  # planning claim.sql takes longer than running it
+    "idle_in_transaction_session_timeout=60000",
+)
 SQL = Path(__file__).parent / "sql"
 
 
@@ -45,7 +50,7 @@ def _engine(pid: int, url: str) -> Engine:
         pool_timeout=5,
         connect_args={
             "connect_timeout": 3,
-            "options": "-c timezone=UTC -c plan_cache_mode=force_generic_plan -c idle_in_transaction_session_timeout=60000",
+            "options": " ".join(f"-c {option}" for option in OPTIONS),
             "keepalives_idle": 10,
             "keepalives_interval": 5,
             "keepalives_count": 3,

@@ -35,10 +35,10 @@ def relay(db: Session, *, limit: int = 10_000) -> int:
 
     Returns how many events got a number.
     """
-    last = db.execute(sql("relay"), {"n": limit}).one()
-    if last.count:
-        db.execute(text("SELECT pg_notify(:channel, :last)"), {"channel": CHANNEL, "last": str(last.last)})
-    return int(last.count)
+    moved = db.execute(sql("relay"), {"n": limit}).one()
+    if moved.events:
+        db.execute(text("SELECT pg_notify(:channel, :last)"), {"channel": CHANNEL, "last": str(moved.last)})
+    return int(moved.events)
 
 
 def after(

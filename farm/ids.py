@@ -23,7 +23,9 @@ def clock_ms(db: Session) -> int:
 
 def new_id(ms: int) -> UUID:
     """A UUIDv7 of that millisecond whose low 24 bits are zero; 50 random bits keep equal moments apart."""
-    value = ms << 80 | 0x7 << 76 | secrets.randbits(12) << 64 | 0b10 << 62 | secrets.randbits(38) << INDEX_BITS
+    value = (
+        ms << 80 | 0x7 << 76 | secrets.randbits(12) << 64 | 0b10 << 62 | secrets.randbits(38) << INDEX_BITS
+    )
     return UUID(int=value)
 
 

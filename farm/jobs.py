@@ -65,7 +65,9 @@ class Submission(BaseModel):
         description="0 to 9, 9 most urgent; or urgent (9), standard (5), bulk (1)",
         examples=["standard"],
     )
-    name: Annotated[str, Field(strict=True, min_length=1, max_length=200, pattern=r"^[^\x00]*$")] | None = None
+    name: Annotated[str, Field(strict=True, min_length=1, max_length=200, pattern=r"^[^\x00]*$")] | None = (
+        None
+    )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -106,7 +108,9 @@ class JobView:
 class _Draft:
     """What a submission becomes: frames, and the distinct keys they carry by number."""
 
-    frames: list[tuple[Spec, str, int, int, Model]] = field(default_factory=list)  # spec, its JSON, seed, key_no, model
+    frames: list[tuple[Spec, str, int, int, Model]] = field(
+        default_factory=list
+    )  # spec, its JSON, seed, key_no, model
     keys: dict[str, tuple[int, Spec, Model]] = field(default_factory=dict)
 
     def add(self, spec: Spec, model: Model, first_seed: int, count: int) -> None:

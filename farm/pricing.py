@@ -94,9 +94,7 @@ def _book(db: Session, model: str, method: Method, currency: str) -> int:
     return db.scalars(added.returning(PriceBook.id)).one()
 
 
-def current(
-    db: Session, *, account_id: UUID, currency: str, models: Mapping[str, Method]
-) -> dict[str, Rate]:
+def current(db: Session, *, account_id: UUID, currency: str, models: Mapping[str, Method]) -> dict[str, Rate]:
     """The prices in force now, the account's own before everybody's.
 
     Raises Invalid naming the models that have none in this currency.

@@ -36,7 +36,6 @@ from farm.settings import settings
 from farm.spec import Spec
 from farm.tables import Pack
 
-
 # for what may be lost with a crash of Postgres, and is done again then: no wait for the disk at commit
 ASYNC = text("SET LOCAL synchronous_commit = off")
 
@@ -153,7 +152,9 @@ def claim_pack(
         },
     ).all()
     taken = tuple(
-        ClaimedFrame(r.id, r.job_id, r.index, r.key_no, r.account_id, r.seed, r.work, Spec.from_json(r.spec))
+        ClaimedFrame(
+            r.id, r.job_id, r.frame_index, r.key_no, r.account_id, r.seed, r.work, Spec.from_json(r.spec)
+        )
         for r in rows
     )
     if emptied := sorted({(r.job_id, r.key_no) for r in rows if r.emptied}):

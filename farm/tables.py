@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
 
 from sqlalchemy import (
@@ -40,7 +40,7 @@ class Base(DeclarativeBase):
             "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
         }
     )
-    type_annotation_map = {
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
         bool: Boolean,
         bytes: LargeBinary,
         datetime: DateTime(timezone=True),
@@ -102,7 +102,8 @@ class PriceRow(Base):
     __tablename__ = "prices"
     __table_args__ = (
         ForeignKeyConstraint(
-            ["book_id", "method", "currency"], ["price_books.id", "price_books.method", "price_books.currency"]
+            ["book_id", "method", "currency"],
+            ["price_books.id", "price_books.method", "price_books.currency"],
         ),
         UniqueConstraint("id", "method", "currency", "rate"),
         ExcludeConstraint(

@@ -67,7 +67,9 @@ def app() -> Celery:
         broker_channel_error_retry=True,
         broker_pool_acquire_timeout=5,
         broker_transport_options={
-            "visibility_timeout": max(3600, 2 * task_limit_s),  # longer than any task: leases decide, not this
+            "visibility_timeout": max(
+                3600, 2 * task_limit_s
+            ),  # longer than any task: leases decide, not this
             "unacked_restore_interval": 30,
             "unacked_restore_throttle": 1,
             "priority_steps": list(range(10)),

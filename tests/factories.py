@@ -41,6 +41,7 @@ CATALOG = Catalog(
         model("flux", free=(), negative_prompt=False, guided_rows=1),
     ]
 )
+NOTHING = Settled(frozenset(), frozenset(), frozenset())  # what settling somebody else's frames comes to
 LIMITS = {m.name: m.pack for m in CATALOG.values()}
 FRAME = Decimal("0.0032")  # what 512 × 512 in 4 steps cost: a quarter of a megapixel, four times
 
@@ -88,7 +89,9 @@ def account(name: str = "acme", *, weight: int = 1) -> Caller:
 
 def submission(*, priority: Any = 5, **spec: Any) -> jobs.Submission:
     """One spec, of alpha if no model is named."""
-    return jobs.Submission(spec={"prompt": "a red circle", "model": "alpha", "seed": 0, **spec}, priority=priority)
+    return jobs.Submission(
+        spec={"prompt": "a red circle", "model": "alpha", "seed": 0, **spec}, priority=priority
+    )
 
 
 def submit(
@@ -101,7 +104,7 @@ def submit(
 
 
 def submit_keys(caller: Caller, steps: Sequence[int], **spec: Any) -> UUID:
-    """Submit a job with one frame of each number of steps: as many keys."""
+    """Submit a job with a frame of each number of steps: as many keys."""
     specs = [{"prompt": "a red circle", "model": "alpha", "seed": 0, "steps": n, **spec} for n in steps]
     with transaction() as db:
         return jobs.submit(db, caller, jobs.Submission(specs=specs), models=CATALOG)[0]
@@ -166,7 +169,9 @@ def _stored(pack: ClaimedPack, frame: ClaimedFrame, content: bytes) -> StoredFra
     )
 
 
-def settle(pack: ClaimedPack, frames: Sequence[ClaimedFrame] | None = None, *, db: Session | None = None) -> Settled:
+def settle(
+    pack: ClaimedPack, frames: Sequence[ClaimedFrame] | None = None, *, db: Session | None = None
+) -> Settled:
     """Settle a pack's frames and, in a transaction of our own, finish their jobs after it as workers do."""
     with _in(db) as session:
         settled = queue.settle(session, stored(pack, frames))
@@ -202,13 +207,15 @@ def pass_time(seconds: float) -> None:
     ask("UPDATE lanes SET waiting_at = waiting_at - make_interval(secs => :s)", s=seconds)
 
 
-def retire(models: Sequence[str] = ("alpha",), *, db: Session | None = None) -> int:
+def retire(*, db: Session | None = None) -> int:
     with _in(db) as session:
         return queue.retire_lanes(session)
 
 
 def active_lanes() -> list[tuple[str, int, UUID]]:
-    rows = ask("SELECT model, priority, account_id FROM lanes WHERE active ORDER BY model, priority, account_id")
+    rows = ask(
+        "SELECT model, priority, account_id FROM lanes WHERE active ORDER BY model, priority, account_id"
+    )
     return [tuple(r) for r in rows]
 
 

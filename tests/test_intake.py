@@ -171,7 +171,9 @@ def test_a_message_waits_with_its_headers_while_the_database_is_away(
     name = urlsplit(database).path.removeprefix("/")
     with psycopg.connect(postgres.url, autocommit=True) as maintenance:
         maintenance.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
-        maintenance.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        maintenance.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name]
+        )
         task = send(app, BODY, farm_api_key=key, farm_idempotency_key="order-1")
         retried = events.wait_for("task-retried", task)
         maintenance.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
@@ -182,9 +184,7 @@ def test_a_message_waits_with_its_headers_while_the_database_is_away(
     assert jobs_stored() == 1
 
 
-def test_a_waiting_submission_is_not_taken_for_a_render_token(
-    app: Celery, key: str, events: Events
-) -> None:
+def test_a_waiting_submission_is_not_taken_for_a_render_token(app: Celery, key: str, events: Events) -> None:
     events.wait_for("task-succeeded", send(app, BODY, farm_api_key=key, farm_idempotency_key="order-1"))
 
     with app.connection_for_read() as connection:

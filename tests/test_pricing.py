@@ -81,7 +81,9 @@ def test_no_float_stands_where_amounts_pass_through() -> None:
     for name in MODULES:
         source = (Path(farm.__file__).parent / f"{name}.py").read_text()
         for node in ast.walk(ast.parse(source)):
-            assert not (isinstance(node, ast.Constant) and isinstance(node.value, float)), f"{name}: {node.lineno}"
+            assert not (isinstance(node, ast.Constant) and isinstance(node.value, float)), (
+                f"{name}: {node.lineno}"
+            )
             assert not (isinstance(node, ast.Name) and node.id == "float"), f"{name}: {node.lineno}"
             assert not isinstance(node, ast.Div) or name not in ("pricing", "ledger"), name
 
@@ -102,7 +104,14 @@ def test_the_factors_are_one_and_exactly_two_to_the_minus_twenty() -> None:
 
 @pytest.mark.parametrize(
     ("amount", "text"),
-    [("0.00640000", "0.0064"), ("100", "100"), ("1E+3", "1000"), ("1E-9", "0.000000001"), ("0E-20", "0"), ("0", "0")],
+    [
+        ("0.00640000", "0.0064"),
+        ("100", "100"),
+        ("1E+3", "1000"),
+        ("1E-9", "0.000000001"),
+        ("0E-20", "0"),
+        ("0", "0"),
+    ],
 )
 def test_an_amount_is_shown_without_exponent_and_trailing_zeros(amount: str, text: str) -> None:
     assert shown(Decimal(amount)) == text
@@ -196,7 +205,9 @@ def test_an_accounts_own_price_comes_before_everybodys(books: str) -> None:
 
 def test_a_model_without_a_price_in_the_accounts_currency_is_refused_by_name(books: str) -> None:
     with transaction() as db, pytest.raises(Invalid, match="no price in EUR"):
-        pricing.current(db, account_id=account().account_id, currency="EUR", models={"alpha": Method.MPX_STEP})
+        pricing.current(
+            db, account_id=account().account_id, currency="EUR", models={"alpha": Method.MPX_STEP}
+        )
 
 
 def test_steps_and_pixels_are_billed_not_guided_rows() -> None:

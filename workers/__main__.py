@@ -17,10 +17,12 @@ from types import FrameType
 
 from farm.catalog import catalog
 from farm.errors import FarmError
+from farm.settings import settings
 
 log = logging.getLogger("workers")
 
 RESTART_S = (1, 2, 5, 10, 30)
+STORE_S = 30  # what a drained node may still need to store what it rendered
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
             return Supervisor(options.pool, devices).run()
         return _run_node(options.pool, devices[0])
     except FarmError as e:
-        print(f"workers: {e}", file=sys.stderr)
+        sys.stderr.write(f"workers: {e}\n")
         return 2
 
 
@@ -101,7 +103,9 @@ class Supervisor:
         while not self._stopping.is_set():
             started = time.monotonic()
             node = subprocess.Popen(
-                [sys.executable, "-m", "workers", "--pool", self._pool, "--device", device],
+                [sys.executable, "-m", "farm.lifeline", str(settings().grace_s + STORE_S), "workers"]
+                + ["--pool", self._pool, "--device", device],
+                stdin=subprocess.PIPE,  # closes with this process, however that ends: the node drains then
                 start_new_session=True,
             )
             self._nodes[device] = node

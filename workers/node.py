@@ -25,6 +25,20 @@ log = logging.getLogger(__name__)
 BEAT_S = 10.0
 DRAIN = signal.SIGUSR2  # Celery leaves it alone
 
+REGISTER = """
+INSERT INTO workers (id, pool, models, device, state) VALUES (:id, :pool, :models, :device, 'up')
+ON CONFLICT (id) DO UPDATE
+SET pool = excluded.pool, models = excluded.models, device = excluded.device, state = 'up',
+    started_at = now(), seen_at = clock_timestamp()
+"""
+# what an admin set to draining stays so; the row is made here if the child could not
+SEEN = """
+INSERT INTO workers AS w (id, pool, models, device, state) VALUES (:id, :pool, :models, 'unknown', :state)
+ON CONFLICT (id) DO UPDATE
+SET seen_at = clock_timestamp(),
+    state = CASE WHEN w.state = 'draining' AND excluded.state = 'up' THEN w.state ELSE excluded.state END
+"""
+
 
 class Node:
     """A worker of one pool on one device, as Celery runs it."""
@@ -62,7 +76,7 @@ class Node:
     def _define_task(self) -> None:
         node = self
 
-        @self._app.task(name=tokens.RENDER, bind=True)
+        @self._app.task(name=tokens.RENDER, bind=True)  # type: ignore[untyped-decorator]
         def render(task: Task, model: str) -> None:
             """Claim pack after pack until there is no work. The model is a hint."""
             node._burst(task)
@@ -97,11 +111,7 @@ class Node:
         try:
             with transaction() as db:
                 db.execute(
-                    text(
-                        "INSERT INTO workers (id, pool, models, device, state) VALUES (:id, :pool, :models, :device, 'up')"
-                        " ON CONFLICT (id) DO UPDATE SET pool = excluded.pool, models = excluded.models,"
-                        " device = excluded.device, state = 'up', started_at = now(), seen_at = clock_timestamp()"
-                    ),
+                    text(REGISTER),
                     {
                         "id": self.name,
                         "pool": self.pool,
@@ -146,16 +156,9 @@ class Node:
         self._seen("gone")
 
     def _seen(self, state: str) -> None:
-        """Say that this worker is there; what an admin set to draining stays so."""
+        """Say that this worker is there, or that it has gone."""
         try:
             with transaction() as db:
-                db.execute(
-                    text(
-                        "UPDATE workers SET seen_at = clock_timestamp(),"
-                        " state = CASE WHEN state = 'draining' AND :state = 'up' THEN state ELSE :state END"
-                        " WHERE id = :id"
-                    ),
-                    {"id": self.name, "state": state},
-                )
+                db.execute(text(SEEN), {"id": self.name, "state": state})
         except Exception as e:
             log.warning("the database did not hear that this worker is %s: %s", state, e)

@@ -87,7 +87,7 @@ class Worker:
         self._shelf = Shelf(
             open_store(settings().storage_url.get_secret_value()),
             self._leases,
-            reached=lambda point: reached(point),
+            reached=lambda point: reached(point),  # noqa: PLW0108 - looked up when called
             quit_now=self._quit,
         )
 

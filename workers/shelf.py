@@ -33,7 +33,7 @@ RETRY_S = 1.0
 ENCODERS = 2
 
 
-class GaveUp(Exception):  # noqa: N818 - nothing went wrong here
+class GaveUp(Exception):
     """The worker stops, or the pack is somebody else's: what is not stored yet goes back."""
 
 

@@ -3,6 +3,7 @@
 """
 
 import ast
+import re
 from typing import Any
 
 from flower.views import tasks as pages
@@ -20,6 +21,8 @@ max_tasks = 10_000  # 52 MB; the default of 100,000 takes 465 MB
 natural_time = True
 purge_offline_workers = 3600  # seconds: a pool that was scaled down does not stay on the list
 tasks_columns = "name,args,kwargs,result,state,received,runtime,worker,uuid"
+
+MAX_CELL = 60  # characters; a task's own page shows everything
 
 # Flower has no columns of our own; these three of its own carry ours. Only the labels lean on its insides.
 LABELS = {"args": "For", "kwargs": "Images", "result": "Outcome"}
@@ -46,7 +49,7 @@ def _shape_render(task: Any) -> None:
         task.kwargs = _done(facts)
         task.result = facts.get("outcome", "rendering")
     else:
-        task.kwargs = ""
+        task.kwargs = task.result = ""
 
 
 def _done(facts: dict[str, Any]) -> str:
@@ -63,11 +66,27 @@ def _many(count: int, noun: str) -> str:
 
 
 def _shape_submit(task: Any) -> None:
-    """The job it became, or why it did not."""
-    task.kwargs = task.args
+    """What was asked for, and the job it became or why it did not."""
+    body = (_read(task.args, (list, tuple)) or [None])[0]
     task.args = "a new job"
+    task.kwargs = _asked(body) if isinstance(body, dict) else ""
     if task.exception:
-        task.result = task.exception
+        fault = re.fullmatch(r"SubmissionRefused\(['\"](.*?)['\"],?\)", task.exception, re.DOTALL)
+        task.result = _short(fault[1] if fault else task.exception)
+    elif task.result is not None:
+        task.result = task.result.strip("'")
+
+
+def _asked(body: dict[str, Any]) -> str:
+    """`3 of "a red circle"`."""
+    specs = body.get("specs") or [body.get("spec")]
+    first = specs[0] if isinstance(specs, list) and isinstance(specs[0], dict) else {}
+    text = f'{first.get("count", 1)} of "{_short(str(first.get("prompt", "")))}"'
+    return text + (f" and {_many(len(specs) - 1, 'spec')} more" if len(specs) > 1 else "")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_CELL else text[: MAX_CELL - 1] + "…"
 
 
 def _read(text: Any, kind: Any) -> Any:

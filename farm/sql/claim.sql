@@ -1,5 +1,6 @@
 -- Claim one pack: the head frame and its kin, up to :frames of them. First from the head's own lane, then from
--- any runnable job with the same key, oldest first; a suspect alone. Both searches look at 256 jobs at most.
+-- any runnable job with the same key, oldest first; a suspect alone. Both searches look at 256 jobs at most: if they
+-- find nothing (its job was paused since, or stands behind that many), the head frame goes alone.
 --
 -- SKIP LOCKED: two workers neither wait for nor get the same frame. Lanes are locked in the order of their
 -- keys before they are charged: bumped in no order they gave 10 deadlocks in 20,000 frames (DESIGN.md).
@@ -53,7 +54,8 @@ WITH own AS MATERIALIZED (
     UNION ALL
     SELECT id, account_id, priority FROM others
     UNION ALL
-    SELECT CAST(:frame_id AS uuid), CAST(:account_id AS uuid), CAST(:priority AS smallint) WHERE :alone
+    SELECT CAST(:frame_id AS uuid), CAST(:account_id AS uuid), CAST(:priority AS smallint)
+    WHERE :alone OR NOT EXISTS (SELECT FROM own) AND NOT EXISTS (SELECT FROM others)
 ), pack AS (
     INSERT INTO packs (worker, model, call_key, priority, frames, work, lease_until)
     SELECT :worker, :model, :call_key, :priority, count(*), sum(f.work),
@@ -70,7 +72,7 @@ WITH own AS MATERIALIZED (
     WHERE f.id = ANY (ARRAY (SELECT id FROM picked))
       AND f.id >= (SELECT id FROM picked ORDER BY id LIMIT 1)
       AND f.id <= (SELECT id FROM picked ORDER BY id DESC LIMIT 1)
-    RETURNING f.id, f.job_id, f.index, f.key_no, f.account_id, f.seed, f.work, f.spec
+    RETURNING f.id, f.job_id, f.index AS frame_index, f.key_no, f.account_id, f.seed, f.work, f.spec
 ), cost AS (
     SELECT p.priority, p.account_id, sum(t.work) / a.weight AS served
     FROM taken AS t

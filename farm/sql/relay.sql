@@ -11,4 +11,4 @@ WITH gone AS (
     FROM gone AS g
     RETURNING number
 )
-SELECT count(*) AS count, max(number) AS last FROM numbered
+SELECT count(*) AS events, max(number) AS last FROM numbered

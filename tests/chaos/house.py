@@ -85,7 +85,7 @@ class House:
     broker: str
     images: Path
     plan: Plan
-    max_attempts: int = 8  # killed alone so often and innocent: hardly ever
+    max_attempts: int = 5  # killed alone so often and innocent: hardly ever
     submitted: set[UUID] = field(default_factory=set)
     callers: list[Caller] = field(default_factory=list)
 

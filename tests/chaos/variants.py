@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from farm import queue
 from farm.db import transaction
-from farm.queue import Outcome, Settled
+from farm.queue import Settled
 from workers import shelf
 
 BETWEEN = "between the two transactions"
@@ -64,6 +64,11 @@ BILL = f"""
     JOIN job_keys AS k ON k.job_id = f.job_id AND k.key_no = f.key_no
     WHERE f.status = 'claimed' AND f.pack_id = s.pack_id OR f.id = ANY (CAST(:settled AS uuid[]))
 """
+CLOSE = """
+    UPDATE packs SET outcome = 'settled', closed_at = clock_timestamp()
+    WHERE id = ANY (CAST(:packs AS bigint[])) AND closed_at IS NULL
+      AND NOT EXISTS (SELECT FROM frames AS f WHERE f.pack_id = packs.id)
+"""
 IMAGES = """
     INSERT INTO images (account_id, key, format, sha256, pixel_sha256, bytes, width, height)
     SELECT f.account_id, :key, :format, :sha256, :pixel_sha256, :bytes, :width, :height
@@ -78,13 +83,17 @@ def _result(stored) -> list:
             facts = ("key", "format", "sha256", "pixel_sha256", "bytes", "width", "height")
             db.execute(text(IMAGES), {"frame": s.frame_id, **{name: getattr(s, name) for name in facts}})
         settled = list(db.scalars(text(RESULT), _arrays(stored)))
-        queue._close_packs(db, sorted({s.pack_id for s in stored}), Outcome.SETTLED)
+        db.execute(text(CLOSE), _arrays(stored))
         return settled
 
 
 def _bill(stored, settled) -> None:
     with transaction() as db:
         db.execute(text(BILL), {**_arrays(stored), "settled": settled})
+
+
+def _settled(frames: list) -> Settled:
+    return Settled(done=frozenset(frames), cancelled=frozenset(), over=frozenset())
 
 
 def _arrays(stored) -> dict[str, list]:
@@ -102,12 +111,12 @@ def install(name: str, fate) -> None:
         settled = _result(stored)
         fate.reached(BETWEEN)
         _bill(stored, settled)
-        return Settled(frozenset(settled), frozenset())
+        return _settled(settled)
 
     def bill_then_result(db, stored, *, gpu_ms=None) -> Settled:
         _bill(stored, [])
         fate.reached(BETWEEN)
-        return Settled(frozenset(_result(stored)), frozenset())
+        return _settled(_result(stored))
 
     if name == "result, then bill":
         queue.settle = result_then_bill

@@ -1,8 +1,8 @@
 """`python -m tests.chaos.zygote FOLDER`: keeps processes alive, by fork, so that a death costs milliseconds.
 
-Reads standard input, a JSON object a line: {"keep": name, "role": …, "env": …, "plan": …} starts a process, and
-starts it again whenever it dies. Its pid stands in FOLDER/name.pid, what it logs in FOLDER/name.log. When standard
-input closes, everything here is killed: however the test died, nothing stays behind.
+Reads standard input, a JSON object a line: {"keep": name, "role": …, "env": …, "plan": …} starts a process,
+and starts it again whenever it dies. Its pid stands in FOLDER/name.pid, what it logs in FOLDER/name.log.
+When standard input closes, everything here is killed: however the test died, nothing stays behind.
 """
 
 import json

@@ -18,7 +18,7 @@ Pixels = NDArray[np.uint8]  # RGB, shape (height, width, 3)
 OnStep = Callable[[int, int], None]  # steps done, steps in all
 
 
-class Cancelled(Exception):  # noqa: N818 - nothing went wrong
+class Cancelled(Exception):
     """Nobody wants the rest of this pack: raise it in on_step to stop."""
 
 

@@ -14,7 +14,7 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from workers.starter.pictures import Scene, caption, draw, imagine
 from workers.starter.train_clip import text_config
 from workers.starter.train_vae import encode, to_tensor
-from workers.starter.training import Course, fit
+from workers.starter.training import Course, fit, ranks
 
 STEPS = 2500
 BATCH = 48  # of 64x64; fewer of larger pictures, so that each step costs about the same
@@ -81,8 +81,8 @@ def train_unet(folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip:
     shelves = _shelves(folder / "latents.pt", vae)
     alphas = new_sampler().alphas_cumprod
 
-    def loss(step: int) -> torch.Tensor:
-        latents, captions = _pick(shelves, step)
+    def loss(turn: int) -> torch.Tensor:
+        latents, captions = _pick(shelves, turn)
         words = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         times = torch.randint(0, len(alphas), (len(latents),))
         noise = torch.randn_like(latents)
@@ -96,12 +96,12 @@ def train_unet(folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip:
     return denoiser
 
 
-def _pick(shelves: list[Shelf], step: int) -> tuple[torch.Tensor, list[str]]:
+def _pick(shelves: list[Shelf], turn: int) -> tuple[torch.Tensor, list[str]]:
     shares = torch.tensor([share for _, share in SHARES.values()])
     shelf = shelves[int(torch.multinomial(shares, 1))]
-    count = round(BATCH * 256 / shelf.latents[0, 0].numel())
+    count = round(BATCH / ranks() * 256 / shelf.latents[0, 0].numel())
     rows = torch.randint(0, len(shelf.scenes), (count,)).tolist()
-    captions = [caption(shelf.scenes[row], step * BATCH + place) for place, row in enumerate(rows)]
+    captions = [caption(shelf.scenes[row], turn * BATCH + place) for place, row in enumerate(rows)]
     kept = torch.rand(count) >= WITHOUT_CAPTION
     return shelf.latents[rows], [words if keep else "" for words, keep in zip(captions, kept, strict=True)]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 SEED = 20260
@@ -38,17 +39,21 @@ def fit(module: nn.Module, loss: Callable[[int], torch.Tensor], course: Course) 
     first = _resume(file, module, optimizer, average)
     began, running = time.monotonic(), 0.0
     for step in range(first, course.steps):
-        torch.manual_seed(SEED + step)
+        turn = step * ranks() + rank()
+        torch.manual_seed(SEED + turn)
         optimizer.param_groups[0]["lr"] = course.peak * pace(step / course.steps)
-        value = loss(step)
+        value = loss(turn)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
+        _share_gradients(weights)
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         with torch.no_grad():
             # A short memory at first: the earliest weights are noise.
             torch._foreach_lerp_(average, weights, 1 - min(course.memory, (1 + step) / (10 + step)))
         running = value.item() if step == first else 0.98 * running + 0.02 * value.item()
+        if rank() > 0:
+            continue
         if step % 50 == 0:
             step_s = (time.monotonic() - began) / (step - first + 1)
             print(f"{course.name} {step}/{course.steps} loss {running:.4f} {step_s:.3f} s/step", flush=True)
@@ -58,6 +63,26 @@ def fit(module: nn.Module, loss: Callable[[int], torch.Tensor], course: Course) 
         for weight, mean in zip(weights, average, strict=True):
             weight.copy_(mean)
     return module.eval()
+
+
+def ranks() -> int:
+    """Return how many processes train together (see `train --ranks`)."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _share_gradients(weights: list[nn.Parameter]) -> None:
+    if ranks() == 1:
+        return
+    gradients = [w.grad for w in weights if w.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= ranks()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def pace(done: float) -> float:
