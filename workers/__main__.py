@@ -22,6 +22,7 @@ from farm.settings import settings
 log = logging.getLogger("workers")
 
 RESTART_S = (1, 2, 5, 10, 30)
+LIFELINE = (sys.executable, "-m", "farm.lifeline")
 STORE_S = 30  # what a drained node may still need to store what it rendered
 
 
@@ -103,8 +104,7 @@ class Supervisor:
         while not self._stopping.is_set():
             started = time.monotonic()
             node = subprocess.Popen(
-                [sys.executable, "-m", "farm.lifeline", str(settings().grace_s + STORE_S), "workers"]
-                + ["--pool", self._pool, "--device", device],
+                [*LIFELINE, str(settings().grace_s + STORE_S), *self._node(device)],
                 stdin=subprocess.PIPE,  # closes with this process, however that ends: the node drains then
                 start_new_session=True,
             )
@@ -116,6 +116,9 @@ class Supervisor:
             pause = RESTART_S[min(deaths, len(RESTART_S) - 1)]
             log.error("node %s ended with %d, starting it again in %d s", device, code, pause)
             self._stopping.wait(pause)
+
+    def _node(self, device: str) -> list[str]:
+        return ["workers", "--pool", self._pool, "--device", device]
 
     def _hand_on(self, number: int, _frame: FrameType | None) -> None:
         self._stopping.set()

@@ -159,6 +159,6 @@ class Node:
         """Say that this worker is there, or that it has gone."""
         try:
             with transaction() as db:
-                db.execute(text(SEEN), {"id": self.name, "state": state})
+                db.execute(text(SEEN), {**self._row, "state": state})
         except Exception as e:
             log.warning("the database did not hear that this worker is %s: %s", state, e)

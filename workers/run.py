@@ -117,6 +117,9 @@ class Worker:
             report.add(pack)
             tell(report)
             pack = self._turn(pack, until)
+            if pack is None:  # what came while the last packs were being booked found this worker busy
+                self._shelf.drain()
+                pack = self._claim_next(until)
         report.outcome = self._why_over(until)
         if report.outcome == "time":
             tokens.wake(self._models)
