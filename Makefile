@@ -53,6 +53,5 @@ clean:
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) .ci/venv.py $(VENV)
 	@echo "installing into $(VENV): about 2 GB the first time, a few minutes"
-	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[worker,embedded,dev]' \
-		| grep -vE '^(Requirement already|  Downloading|Collecting|  Using cached)'
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[worker,embedded,dev]'
 	@touch $(STAMP)

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -106,6 +107,7 @@ def services(**env: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="farm-bench-"))
     folder.chmod(0o711)  # as root Postgres runs as nobody
     before = dict(os.environ)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     try:
         for name in [n for n in os.environ if n.startswith("FARM_") and n not in KEPT]:
             del os.environ[name]
@@ -253,11 +255,12 @@ def submit(requests: Requests) -> list[UUID]:
 
 def finish(accepted: Sequence[UUID], *, limit_s: float = 1800) -> None:
     """Wait until every frame of these jobs is done. Raises AssertionError if one ended otherwise."""
-    until(lambda: not _count(accepted, "ended_at IS NULL"), limit_s=limit_s)
-    assert not _count(accepted, "status <> 'done'"), "frames that are not done"
+    until(lambda: not how_many(accepted, "ended_at IS NULL"), limit_s=limit_s)
+    assert not how_many(accepted, "status <> 'done'"), "frames that are not done"
 
 
-def _count(accepted: Sequence[UUID], condition: str) -> int:
+def how_many(accepted: Sequence[UUID], condition: str) -> int:
+    """Frames of these jobs of which an SQL condition is true."""
     query = f"SELECT count(*) FROM frames WHERE job_id = ANY(:jobs) AND {condition}"
     with db.transaction() as session:
         return int(session.scalar(text(query), {"jobs": list(accepted)}) or 0)

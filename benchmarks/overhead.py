@@ -13,8 +13,8 @@ from uuid import UUID
 from sqlalchemy import text
 
 from benchmarks import harness
-from benchmarks.bare import Bare, bare, calls_of
 from benchmarks.harness import Target, say
+from benchmarks.plain.loop import Bare, bare, calls_of
 from farm.accounts import Caller
 from farm.db import transaction
 

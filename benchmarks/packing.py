@@ -1,4 +1,4 @@
-"""What packing brings: the farm against one plain Celery task an image, on the same pipeline, one thread each.
+"""What packing brings: the farm against one plain Celery task an image, on the same pipeline, a thread each.
 
 200 requests of one image each from four accounts, all queued at once, of equal shape and settings: with the
 starter model (latents of 16 by 16), and with a random UNet of 1 M parameters on latents of 8 by 8, where one
@@ -17,9 +17,9 @@ from statistics import median
 from uuid import UUID
 
 from benchmarks import harness
-from benchmarks.bare import Bare, Call, bare, calls_of, one_at_a_time
 from benchmarks.harness import Target, say
-from benchmarks.plain_celery import Plain, plain_celery
+from benchmarks.plain.loop import bare, calls_of, one_at_a_time
+from benchmarks.plain.tasks import plain_celery
 from farm import pricing
 from farm.accounts import Caller
 from farm.catalog import BUILTIN, catalog
@@ -74,10 +74,12 @@ class Measured:
     celery_images_per_s: list[float] = field(default_factory=list)
     bare_images_per_s: list[float] = field(default_factory=list)
 
-    def add(self, farm: float, celery: float, bare: float) -> None:
+    def add(self, farm: float, celery: float, bare: float) -> str:
+        """Note a round's images a second. Returns them as text."""
         self.farm_images_per_s.append(farm)
         self.celery_images_per_s.append(celery)
         self.bare_images_per_s.append(bare)
+        return f"{farm:.2f} images/s, Celery {celery:.2f}, bare loop {bare:.2f}"
 
     def figures(self, prefix: str) -> dict[str, float]:
         celery = self.celery_images_per_s
@@ -118,41 +120,26 @@ def _add_random(folder: Path) -> None:
 def _compare(model: str, owners: Sequence[Caller], folder: Path, size: Size) -> Measured:
     measured = Measured()
     with (
-        harness.farm(folder, model),
-        plain_celery(model, folder) as celery,
+        plain_celery(model, folder) as celery,  # loads while the others do
         bare(model, log=folder / "bare.log") as loop,
+        harness.farm(folder, model),
     ):
-        calls = _warm_up(model, owners, celery, loop)
+        calls = one_at_a_time(calls_of(_farm(model, owners, WARM_UP)))  # what the farm made, for the others
+        celery.seconds(calls[:2])
+        loop.seconds(calls[:2])
         say(f"{model}: warm")
-        for k in range(size.rounds):
-            images_per_s = _round(model, owners, size, calls, celery, loop)
-            measured.add(*images_per_s)
-            say("{}: {:.2f} images/s, Celery {:.2f}, bare loop {:.2f}".format(model, *images_per_s))
+        for _ in range(size.rounds):
+            farm_s = harness.worker_seconds(_farm(model, owners, size.farm))
+            celery_s = celery.seconds(list(islice(cycle(calls), size.celery)))
+            bare_s = loop.seconds(list(islice(cycle(calls), size.bare)))
+            say(f"{model}: {measured.add(size.farm / farm_s, size.celery / celery_s, size.bare / bare_s)}")
     return measured
-
-
-def _warm_up(model: str, owners: Sequence[Caller], celery: Plain, loop: Bare) -> list[Call]:
-    """Let each render some. Returns single calls for the baselines, as the farm made them."""
-    single = one_at_a_time(calls_of(_farm(model, owners, WARM_UP)))
-    celery.seconds(single[:2])
-    loop.seconds(single[:2])
-    return single
 
 
 def _farm(model: str, owners: Sequence[Caller], images: int) -> list[UUID]:
     accepted = harness.submit(harness.requests(owners, {"model": model}, frames=images, a_job=1))
     harness.finish(accepted)
     return accepted
-
-
-def _round(
-    model: str, owners: Sequence[Caller], size: Size, calls: Sequence[Call], celery: Plain, loop: Bare
-) -> tuple[float, float, float]:
-    """Images a second: of the farm, of Celery, of the loop."""
-    farm_s = harness.worker_seconds(_farm(model, owners, size.farm))
-    celery_s = celery.seconds(list(islice(cycle(calls), size.celery)))
-    bare_s = loop.seconds(list(islice(cycle(calls), size.bare)))
-    return size.farm / farm_s, size.celery / celery_s, size.bare / bare_s
 
 
 if __name__ == "__main__":

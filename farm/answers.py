@@ -222,7 +222,7 @@ class NewKey(Key):
 class PackInHand(Answer):
     """Frames a worker renders together just now."""
 
-    id: int
+    id: str = Field(description="a number, but beyond what JavaScript can hold")
     model: str
     priority: int
     frames: int

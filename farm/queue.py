@@ -20,7 +20,7 @@ worker does too late is left out, without an error. Everybody locks in the same 
 job_keys, job_lanes, lanes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -192,6 +192,7 @@ def retire_lanes(db: Session) -> int:
 def extend(db: Session, *, worker: str, packs: Sequence[int]) -> Extended:
     """Extend the leases of these packs, and say what the worker should know of them."""
     db.execute(ASYNC)
+    _hold(db, packs)  # in order: settling locks the same packs
     rows = db.execute(
         sql("extend"), {"packs": list(packs), "worker": worker, "lease_s": settings().lease_s}
     ).all()
@@ -206,15 +207,16 @@ def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, i
     """
     if not stored:
         return Settled(frozenset(), frozenset(), frozenset())
+    held = _hold(db, {s.pack_id for s in stored})
+    cancelled_jobs = _lock_jobs(db, {s.job_id for s in stored})
     frames = [s.frame_id for s in stored]
     rows = db.execute(
         sql("settle"),
         {
             "frames": frames,
-            "first": min(frames),
-            "last": max(frames),
             "packs": [s.pack_id for s in stored],
-            "jobs": sorted({s.job_id for s in stored}),
+            "held": held,
+            "cancelled_jobs": cancelled_jobs,
             "keys": [s.key for s in stored],
             "formats": [s.format for s in stored],
             "sha256s": [s.sha256 for s in stored],
@@ -225,6 +227,9 @@ def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, i
             "gpu_ms": [(gpu_ms or {}).get(s.pack_id) for s in stored],
         },
     ).all()
+    # a pack whose other frames ended or came back while we waited for it looks open in that snapshot, not in the next
+    if left := sorted({r.pack_id for r in rows if not r.closed}):
+        db.execute(sql("close_packs"), {"packs": left, "outcome": Outcome.SETTLED})
     return Settled(
         frozenset(r.id for r in rows if not r.cancelled),
         frozenset(r.id for r in rows if r.cancelled),
@@ -286,15 +291,11 @@ def _give_back(
     reason: str | None = None,
     frames: Sequence[UUID] | None = None,
 ) -> int:
-    held = db.scalars(
-        select(Pack.id)
-        .where(Pack.id.in_(packs), Pack.closed_at.is_(None))
-        .order_by(Pack.id)
-        .with_for_update(key_share=True)
-    ).all()
+    held = _hold(db, packs)
     rows = db.execute(
         sql("give_back"),
         {
+            "cancelled_jobs": _lock_jobs(db, db.scalars(sql("jobs_of_packs"), {"packs": held})),
             "packs": held,
             "frames": None if frames is None else list(frames),
             "blame": outcome is not Outcome.RELEASED,
@@ -311,6 +312,25 @@ def _give_back(
         db.execute(sql("open_job_lanes"), {"jobs": jobs})
         db.execute(sql("open_lanes"), {"jobs": jobs})
     return len(rows)
+
+
+def _hold(db: Session, packs: Iterable[int]) -> Sequence[int]:
+    """Lock those of the packs that are open: no other transaction touches their frames from here on.
+
+    A statement of its own: the next one's snapshot is younger than the lock.
+    """
+    return db.scalars(
+        select(Pack.id)
+        .where(Pack.id.in_(packs), Pack.closed_at.is_(None))
+        .order_by(Pack.id)
+        .with_for_update(key_share=True)
+    ).all()
+
+
+def _lock_jobs(db: Session, jobs: Iterable[UUID]) -> list[UUID]:
+    """Lock jobs against being cancelled: whichever commits first wins. Returns those that are cancelled already."""
+    rows = db.execute(sql("lock_jobs"), {"jobs": list(jobs)})
+    return [r.id for r in rows if r.status == "cancelled"]
 
 
 def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:

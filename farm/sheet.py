@@ -3,6 +3,7 @@
 import io
 import logging
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -187,9 +188,22 @@ def _draw_status(pen: ImageDraw.ImageDraw, at: tuple[int, int], side: int, tile:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's own, a little of Latin
-    return font
+    """DejaVu if the machine has it; else Pillow's own, which knows ASCII and little more."""
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:
+        font = ImageFont.load_default(size)
+        assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow was built with FreeType
+        return font
+
+
+def _readable(text: str) -> str:
+    """One line of what the font can draw: no control characters, and for Pillow's own é as e and 猫 as ?."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    if _font(12).getname()[0] == "DejaVu Sans":
+        return text
+    plain = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(c if c.isascii() or c in "…·" else "?" for c in plain)
 
 
 def _two_lines(words: Sequence[str], font: ImageFont.FreeTypeFont, room: float) -> list[str]:
@@ -211,8 +225,8 @@ def _wrapped(parts: Iterable[str], between: str, font: ImageFont.FreeTypeFont, r
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    """The text, or what fits of it and an ellipsis. One line, without control characters."""
-    text = "".join(c if c.isprintable() else " " for c in text[:300])
+    """The text, or what fits of it and an ellipsis."""
+    text = _readable(text[:300])
     if font.getlength(text) <= room:
         return text
     return text[: _longest(lambda n: font.getlength(text[:n] + "…") <= room, len(text))].rstrip() + "…"

@@ -100,8 +100,8 @@ def test_nothing_is_lost_or_billed_twice_whatever_is_killed(folder, servers, cre
         "farm",
         kills=dict.fromkeys(POINTS, each),
         freezes={
-            "rendered": Chance(first=0.1, until=HITS, then=0.01),
-            "stored": Chance(first=0.1, until=HITS, then=0.01),
+            "rendered": Chance(first=0.1, until=HITS + 2, then=0.01),
+            "stored": Chance(first=0.1, until=HITS + 2, then=0.01),
         },
         store_faults={fault: Chance(first=0.1, until=HITS, then=0.01) for fault in STORE_FAULTS},
     )
@@ -183,13 +183,14 @@ def torment(house: House, servers: tuple[Postgres, Redis], crew: Crew) -> None:
         Fault("Postgres stopped immediate", 10, crash_postgres),
         Fault("sweep killed", 4, lambda: crew.kill(f"{house.name}-sweep")),
         Fault("a verb on a job", 0.5, verbs.say),
+        Fault("tried to kill at random", 1, lambda: house.kill_a_busy_worker(crew)),
     ]
-    at_random = Fault("tried to kill at random", 1, lambda: house.kill_a_busy_worker(crew))
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline:
         time.sleep(0.05)
-        for fault in [*faults, at_random]:
+        for fault in faults:
             fault.befall(house.tally)
+        house.thaw(crew)
         missing = too_seldom(house)
         if missing and house.open_frames() < 20:
             house.submit(random.choice(house.callers), 16, seed=random.randrange(1 << 40))
@@ -256,7 +257,7 @@ def test_the_same_checks_catch_the_variants_that_lose_money(folder, servers, cre
     found = {}
     for house in houses:
         with house.entered():
-            await_rest(house)
+            await_rest(house, crew)
             found[house.plan.variant] = house.wrongs()
 
     with capsys.disabled():
@@ -272,16 +273,18 @@ def build_variant(folder: Path, servers: tuple[Postgres, Redis], k: int, name: s
         where = {"freezes": {"rendered": Chance(first=1, until=1)}}
     else:
         where = {"kills": {BETWEEN: Chance(first=1, until=2)}}
-    house = build(folder, servers, f"variant{k}", variant=name, freeze_s=4, **where)
+    house = build(folder, servers, f"variant{k}", variant=name, **where)
     take_guards(house.url, GUARDS[name])
     return house
 
 
-def await_rest(house: House) -> None:
+def await_rest(house: House, crew: Crew) -> None:
     """Wait until every frame has ended, and what was frozen has thawed and done its worst."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         time.sleep(0.1)
+        if house.open_frames() == 0:
+            house.thaw(crew)
         thawed = house.tally.count("refused by the fence") or not house.plan.freezes
         if thawed and house.at_rest():
             return

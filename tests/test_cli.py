@@ -42,7 +42,7 @@ def url(database: str) -> Iterator[str]:
         server = uvicorn.Server(uvicorn.Config(create_app(), log_config=None))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
-        yield "http://127.0.0.1:%d" % listening.getsockname()[1]  # the kernel queues who comes too early
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"  # the kernel queues who comes too early
         server.should_exit = True
         thread.join()
 

@@ -18,7 +18,6 @@ from PIL import Image
 from farm import accounts, catalog, events, pricing, queue
 from farm.accounts import Role
 from farm.api.app import create_app
-from farm.catalog import PackLimit
 from farm.client import Farm
 from farm.db import transaction
 from farm.errors import Away, Conflict, FarmError, Forbidden, Gone, Invalid, NotFound, Unauthorized
@@ -26,6 +25,7 @@ from farm.queue import StoredFrame
 from farm.settings import settings
 from farm.spec import Asked
 from farm.storage import image_key, open_store
+from tests.factories import must_claim
 
 RED = {"prompt": "a red circle"}
 
@@ -66,10 +66,7 @@ def farm(url: str, keys: dict[str, str]) -> Iterator[Farm]:
 
 def rendered() -> None:
     """Claim what is queued and settle it with blank images."""
-    limits = {"starter": PackLimit(frames=8, pixels=8 << 20)}
-    with transaction() as db:
-        pack, _ = queue.claim_pack(db, models=["starter"], worker="w1", limits=limits)
-    assert pack is not None
+    pack = must_claim(models=("starter",), frames=8)
     file = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(file, "PNG")
     data = file.getvalue()
@@ -225,7 +222,8 @@ JOB = {
     "id": "job_1", "name": None, "status": "queued", "priority": 5, "frames": 1,
     "counts": {"queued": 1, "running": 0, "done": 0, "failed": 0, "cancelled": 0}, "progress": 0,
     "currency": "USD", "quoted": "1", "held": "1", "charged": "0", "created_at": "2026-01-01T00:00:00Z",
-    "ended_at": None, "urls": {"self": "x", "frames": "x", "sheet": "x", "cancel": "x"}, "of the next release": 1,
+    "ended_at": None, "urls": {"self": "x", "frames": "x", "sheet": "x", "cancel": "x"},
+    "of the next release": 1,
 }  # fmt: skip
 
 

@@ -123,6 +123,26 @@ def test_a_worker_that_finds_nothing_but_what_another_is_claiming_does_not_wait(
     assert second is None
 
 
+def test_a_claim_keeps_no_frame_from_others_but_those_it_takes(books: str) -> None:
+    # given jobs and keys enough for any sort to read ahead
+    caller = account()
+    submit_keys(caller, range(4, 44))
+    for _ in range(40):
+        submit(caller, steps=99)
+    for table in ("frames", "job_keys", "job_lanes", "lanes"):
+        ask(f"ANALYZE {table}")
+
+    # when
+    with transaction() as db:
+        must_claim("a", db=db)
+        free = one(
+            "SELECT count(*) FROM (SELECT FROM frames WHERE status = 'queued' FOR UPDATE SKIP LOCKED) AS f"
+        )
+
+    # then
+    assert free == 79
+
+
 def test_a_worker_gets_the_other_keys_of_a_job_that_another_is_claiming(books: str) -> None:
     # given a job of three keys, one frame each
     submit_keys(account(), [4, 5, 6])

@@ -47,6 +47,7 @@ class Node:
         self.pool = pool
         self.name = name
         self._models: list[Model] = catalog().pool(pool)
+        self._row = {"id": name, "pool": pool, "models": [m.name for m in self._models]}
         self._app: Celery = tokens.app()
         self._celery: Any = None
         self._stopping = threading.Event()
@@ -110,15 +111,7 @@ class Node:
     def _register(self, device: str) -> None:
         try:
             with transaction() as db:
-                db.execute(
-                    text(REGISTER),
-                    {
-                        "id": self.name,
-                        "pool": self.pool,
-                        "models": [m.name for m in self._models],
-                        "device": device,
-                    },
-                )
+                db.execute(text(REGISTER), {**self._row, "device": device})
         except FarmError as e:
             log.warning("not registered yet: %s", e)
 

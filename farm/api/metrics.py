@@ -60,12 +60,14 @@ def queue_depth(db: Session) -> list[Metric]:
 def packs(db: Session) -> list[Metric]:
     held = db.scalar(text("SELECT count(*) FROM packs WHERE closed_at IS NULL")) or 0
     recent = GaugeMetricFamily(
-        "farm_packs", "Of the 10,000 packs claimed last, by how they ended", labels=("outcome",)
+        "farm_packs", "Packs claimed in the last ten minutes, by how they ended", labels=("outcome",)
     )
     rows = db.execute(
         text(
             "SELECT coalesce(outcome, 'open') AS outcome, count(*) AS packs"
-            " FROM packs WHERE id > (SELECT max(id) - 10000 FROM packs) GROUP BY 1 ORDER BY 1"
+            " FROM packs"  # ids rise with time: what is older is not read
+            " WHERE id > ((extract(epoch FROM now() - interval '10 minutes') * 1000000)::bigint << 12)"
+            " GROUP BY 1 ORDER BY 1"
         )
     )
     for row in rows:

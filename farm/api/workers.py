@@ -36,7 +36,7 @@ def _worker(worker: Worker, packs: list[Pack]) -> answers.Worker:
         seen_at=worker.seen_at,
         packs=[
             answers.PackInHand(
-                id=p.id,
+                id=str(p.id),
                 model=p.model,
                 priority=p.priority,
                 frames=p.frames,

@@ -3,7 +3,7 @@
 import io
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT, SIGTERM, signal
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from farm.answers import Job
 from farm.cli import show
-from farm.cli.jobs import _save, write
+from farm.cli.jobs import save_images, write
 from farm.cli.up import Running, up
 from farm.client import Farm
 from farm.embedded import default_data
@@ -41,15 +41,20 @@ class Part:
 
     account: str
     priority: str
+    first_seed: int
     prompts: tuple[str, ...]
 
 
 def _parts() -> tuple[Part, Part]:
-    plain = [f"a {one} {shape} on a {two} background" for one, two in PAIRS for shape in SHAPES]
+    plain = [f"{_a(one)} {shape} on {_a(two)} background" for one, two in PAIRS for shape in SHAPES]
     return (
-        Part("studio", "urgent", (*SCENES, *plain[:10])),
-        Part("archive", "bulk", tuple(plain[10:25])),
+        Part("studio", "urgent", SEED, (*SCENES, *plain[:10])),
+        Part("archive", "bulk", SEED + 100, tuple(plain[10:25])),
     )
+
+
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def run(data: Path, *, workers: int) -> None:
@@ -92,13 +97,15 @@ def _account(running: Running, name: str) -> Farm:
 
 
 def _submit(farm: Farm, part: Part) -> str:
-    specs = [{"prompt": prompt, "seed": SEED + k} for k, prompt in enumerate(part.prompts)]
+    specs = [{"prompt": prompt, "seed": part.first_seed + k} for k, prompt in enumerate(part.prompts)]
     job = farm.submit(specs, priority=part.priority, name=f"demo of {part.account}")
     show.say(f"{part.account}: {job.id}, {job.frames} images, {part.priority}")
     return job.id
 
 
-def _watch(farms: dict[Part, Farm], jobs: dict[Part, str], stop: threading.Event, *, mend: object) -> bool:
+def _watch(
+    farms: dict[Part, Farm], jobs: dict[Part, str], stop: threading.Event, *, mend: Callable[[], None]
+) -> bool:
     """Show both jobs until they have ended; False if it was interrupted."""
     columns = (
         TextColumn("{task.description}"),
@@ -109,7 +116,6 @@ def _watch(farms: dict[Part, Farm], jobs: dict[Part, str], stop: threading.Event
     with Progress(*columns, console=show.err) as bar:
         lines = {part: bar.add_task(part.account, total=1.0, images="") for part in jobs}
         while not stop.is_set():
-            assert callable(mend)
             mend()
             now = {part: farms[part].job(job_id) for part, job_id in jobs.items()}
             for part, job in now.items():
@@ -127,7 +133,7 @@ def _show(running: Running, farms: dict[Part, Farm], jobs: dict[Part, str]) -> N
     bills, ended = [], []
     for part, farm in farms.items():
         job = farm.job(jobs[part])
-        _save(farm, job.id, results / part.account)
+        save_images(farm, job.id, results / part.account)
         bills.append(_bill(farm, part, job))
         ended.append(job)
     write(results / "bill.txt", "\n\n".join(bills).encode())
@@ -147,9 +153,10 @@ def _bill(farm: Farm, part: Part, job: Job) -> str:
     lines = [f"{part.account}: {job.id}, {job.counts.done} images, priority {part.priority}"]
     used = farm.usage(job=job.id)
     for u in used.lines:
-        unit = "pixels × steps / 2^20" if u.method == "mpx_step" else "images"
+        unit = "pixels × steps" if u.method == "mpx_step" else "images"
+        per = "2^20 of them" if u.method == "mpx_step" else "image"
         lines.append(
-            f"  {u.model}: {u.frames} images, {u.quantity} {unit} at {u.rate} {u.currency} = {u.amount}"
+            f"  {u.model}: {u.frames} images, {u.quantity} {unit} at {u.rate} {u.currency} a {per} = {u.amount}"
         )
     lines += [f"  total {amount} {currency}" for currency, amount in used.totals.items()]
     lines += [f"  account's total so far {a} {c}" for c, a in farm.usage().totals.items()]

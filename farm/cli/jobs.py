@@ -103,7 +103,7 @@ def _follow(farm: Farm, job_id: str, *, json: bool = False, save: Path | None = 
     else:
         _outcome(farm, job)
     if save:
-        _save(farm, job.id, save)
+        save_images(farm, job.id, save)
     if job.counts.failed:
         raise typer.Exit(1)
 
@@ -229,10 +229,10 @@ def _short(text: str) -> str:
 def images(job: JobId, to: To = Path("images")) -> None:
     """Save a job's images."""
     with on_job(job) as (farm, job_id):
-        _save(farm, job_id, to)
+        save_images(farm, job_id, to)
 
 
-def _save(farm: Farm, job_id: str, folder: Path) -> list[Path]:
+def save_images(farm: Farm, job_id: str, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     done = [f for f in farm.frames(job_id, status="done") if f.image]
     with ThreadPoolExecutor(DOWNLOADS) as downloads:

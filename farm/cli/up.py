@@ -270,8 +270,11 @@ def _pools() -> tuple[str, ...]:
 
 
 def _is_here(model: Model) -> bool:
-    if model.source.startswith("builtin:"):
+    kind, _, place = model.source.partition(":")
+    if kind == "builtin":
         return True
+    if kind == "dir":
+        return Path(place).expanduser().is_dir()
     folder = settings().models_dir
     return folder is not None and (folder / model.name).is_dir()
 

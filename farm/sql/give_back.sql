@@ -2,18 +2,12 @@
 --
 -- A frame of a cancelled job is cancelled. With :blame, a pack that had one frame counts against it, and the
 -- :max_attempts-th time it fails with the reason; frames of a larger pack become suspects and are claimed alone.
--- Locks as settle.sql: packs (by the caller), jobs, frames.
-WITH job AS MATERIALIZED (
-    SELECT id, status FROM jobs
-    WHERE id IN (SELECT job_id FROM frames WHERE pack_id = ANY (CAST(:packs AS bigint[])))
-    ORDER BY id
-    FOR KEY SHARE
-), held AS MATERIALIZED (
+-- Locks as settle.sql: packs and jobs by the caller, then frames.
+WITH held AS MATERIALIZED (
     SELECT f.id, f.job_id, f.index, f.key_no, f.account_id, f.attempts, f.quantity, f.price_id, f.pack_id,
-           job.status = 'cancelled' AS cancelled, :blame AND p.frames = 1 AS blamed
+           f.job_id = ANY (CAST(:cancelled_jobs AS uuid[])) AS cancelled, :blame AND p.frames = 1 AS blamed
     FROM frames AS f
     JOIN packs AS p ON p.id = f.pack_id
-    JOIN job ON job.id = f.job_id
     WHERE f.pack_id = ANY (CAST(:packs AS bigint[])) AND f.status = 'claimed'
       AND (CAST(:frames AS uuid[]) IS NULL OR f.id = ANY (CAST(:frames AS uuid[])))
     ORDER BY f.id

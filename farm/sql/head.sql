@@ -2,9 +2,11 @@
 -- queued frame. A lane unserved for the ageing time comes before every class, if :ageing allows it.
 --
 -- The frame is locked (SKIP LOCKED: rivals take the next one), the lanes are only read: they are charged by
--- claim.sql, in the order of their keys. No ORDER BY inside a key: its index gives the oldest first anyway, and a
--- sort over partitions would read all of them. Reads lanes_active_idx, job_lanes_head_idx, job_keys_open_idx, frames_queued_idx. last_frame_id() keeps the
--- search within the job's own partition.
+-- claim.sql, in the order of their keys. Jobs and keys are put in order before they are joined: a sort above the
+-- lock took 32 jobs' frames from the rivals, and left them nothing. No ORDER BY inside a key: its index gives the
+-- oldest first anyway, and a sort over partitions would read all of them. Reads lanes_active_idx,
+-- job_lanes_head_idx, job_keys_open_idx, frames_queued_idx. last_frame_id() keeps the search within the job's own
+-- partition.
 WITH ordered AS MATERIALIZED (
     SELECT l.model, l.priority, l.account_id, l.aged
     FROM (
@@ -20,8 +22,19 @@ SELECT set_config('synchronous_commit', 'off', true), -- a claim that a crash un
 FROM ordered AS o
 CROSS JOIN LATERAL (
     SELECT f.id AS frame_id, f.suspect, k.call_key, k.pixels
-    FROM job_lanes AS jl
-    JOIN job_keys AS k ON k.job_id = jl.job_id AND k.model = jl.model AND k.open
+    FROM (
+        SELECT jl.job_id
+        FROM job_lanes AS jl
+        WHERE jl.model = o.model AND jl.priority = o.priority AND jl.account_id = o.account_id
+          AND jl.runnable AND jl.open
+        ORDER BY jl.job_id
+    ) AS jl
+    CROSS JOIN LATERAL (
+        SELECT k.job_id, k.key_no, k.call_key, k.pixels
+        FROM job_keys AS k
+        WHERE k.job_id = jl.job_id AND k.model = o.model AND k.open
+        ORDER BY k.key_no
+    ) AS k
     CROSS JOIN LATERAL (
         SELECT f.id, f.suspect
         FROM frames AS f
@@ -30,9 +43,6 @@ CROSS JOIN LATERAL (
         LIMIT 1
         FOR UPDATE SKIP LOCKED
     ) AS f
-    WHERE jl.model = o.model AND jl.priority = o.priority AND jl.account_id = o.account_id
-      AND jl.runnable AND jl.open
-    ORDER BY jl.job_id, k.key_no
     LIMIT 1
 ) AS h
 LIMIT 1

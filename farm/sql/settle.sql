@@ -2,32 +2,24 @@
 --
 -- The fence: a frame counts only while it is claimed by the pack it was rendered in. What is not is left out here
 -- and not returned; its file is an orphan. Amounts come from the rows frozen at admission.
--- Locks, in this order everywhere: packs, jobs, frames. The job's KEY SHARE lock conflicts with cancel's UPDATE lock:
--- whichever commits first wins; frames of a cancelled job end as cancelled, unbilled.
+-- Locks, in this order everywhere: packs, jobs, frames. The caller has locked packs and jobs in statements of their
+-- own: nobody else touches these frames by now, so that no row is checked again in the middle of this (which is slow
+-- to reason about, and a segmentation fault of Postgres 18.4 on a partitioned table). Frames of :cancelled_jobs end
+-- as cancelled, unbilled.
 WITH stored AS MATERIALIZED (
     SELECT *
     FROM unnest(CAST(:frames AS uuid[]), CAST(:packs AS bigint[]), CAST(:keys AS text[]), CAST(:formats AS text[]),
                 CAST(:sha256s AS bytea[]), CAST(:pixel_sha256s AS bytea[]), CAST(:sizes AS integer[]),
                 CAST(:widths AS integer[]), CAST(:heights AS integer[]), CAST(:gpu_ms AS integer[]))
          AS s (frame_id, pack_id, key, format, sha256, pixel_sha256, bytes, width, height, gpu_ms)
-), held AS MATERIALIZED (
-    SELECT id FROM packs
-    WHERE id = ANY (CAST(:packs AS bigint[])) AND closed_at IS NULL
-    ORDER BY id
-    FOR NO KEY UPDATE
-), job AS MATERIALIZED (
-    SELECT id, status FROM jobs
-    WHERE id = ANY (CAST(:jobs AS uuid[])) AND (SELECT count(*) FROM held) > 0
-    ORDER BY id
-    FOR KEY SHARE
 ), mine AS MATERIALIZED (
     SELECT f.id, f.job_id, f.index, f.key_no, f.account_id, f.quantity, f.price_id, f.pack_id, s.key,
-           job.status = 'cancelled' AS cancelled
+           f.job_id = ANY (CAST(:cancelled_jobs AS uuid[])) AS cancelled
     FROM frames AS f
     JOIN stored AS s ON s.frame_id = f.id AND s.pack_id = f.pack_id
-    JOIN job ON job.id = f.job_id
-    WHERE f.id = ANY (CAST(:frames AS uuid[])) AND f.id >= CAST(:first AS uuid) AND f.id <= CAST(:last AS uuid)
-      AND f.status = 'claimed' AND f.pack_id IN (SELECT id FROM held)
+    WHERE f.id = ANY (CAST(:frames AS uuid[])) AND f.id >= (SELECT frame_id FROM stored ORDER BY frame_id LIMIT 1)
+      AND f.id <= (SELECT frame_id FROM stored ORDER BY frame_id DESC LIMIT 1)
+      AND f.status = 'claimed' AND f.pack_id = ANY (CAST(:held AS bigint[]))
     ORDER BY f.id
     FOR NO KEY UPDATE OF f
 ), image AS (
@@ -43,7 +35,8 @@ WITH stored AS MATERIALIZED (
     SET status = CASE WHEN m.cancelled THEN 'cancelled' ELSE 'done' END,
         image_id = i.id, pack_id = NULL, suspect = false, ended_at = clock_timestamp()
     FROM mine AS m LEFT JOIN image AS i ON i.key = m.key AND NOT m.cancelled
-    WHERE f.id = ANY (CAST(:frames AS uuid[])) AND f.id >= CAST(:first AS uuid) AND f.id <= CAST(:last AS uuid)
+    WHERE f.id = ANY (CAST(:frames AS uuid[])) AND f.id >= (SELECT frame_id FROM stored ORDER BY frame_id LIMIT 1)
+      AND f.id <= (SELECT frame_id FROM stored ORDER BY frame_id DESC LIMIT 1)
       AND m.id = f.id
 ), charge AS MATERIALIZED (
     SELECT m.*, k.model, p.method, p.currency, p.rate,
@@ -72,10 +65,11 @@ WITH stored AS MATERIALIZED (
     UPDATE packs AS p
     SET closed_at = clock_timestamp(), outcome = 'settled',
         gpu_ms = (SELECT max(s.gpu_ms) FROM stored AS s WHERE s.pack_id = p.id)
-    WHERE p.id IN (SELECT id FROM held)
+    WHERE p.id = ANY (CAST(:held AS bigint[]))
       AND NOT EXISTS (SELECT FROM frames AS f WHERE f.pack_id = p.id AND f.id <> ALL (ARRAY (SELECT id FROM mine)))
+    RETURNING p.id
 )
-SELECT m.id, m.job_id, m.cancelled, NOT EXISTS (
+SELECT m.id, m.job_id, m.pack_id, m.cancelled, m.pack_id IN (SELECT id FROM closed) AS closed, NOT EXISTS (
            SELECT FROM frames AS f WHERE f.job_id = m.job_id AND f.status = 'queued'
              AND f.id > m.job_id AND f.id <= last_frame_id(m.job_id)) AS over
 FROM mine AS m

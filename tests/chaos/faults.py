@@ -6,7 +6,6 @@ Everything stands in one Plan, which travels to the processes as JSON.
 import logging
 import os
 import random
-import subprocess
 import threading
 import time
 from dataclasses import dataclass, field
@@ -50,7 +49,6 @@ class Plan:
     kills: dict[str, Chance] = field(default_factory=dict)
     freezes: dict[str, Chance] = field(default_factory=dict)
     store_faults: dict[str, Chance] = field(default_factory=dict)
-    freeze_s: float = 3.0
     timeout_s: float = 0.5
     step_s: float = 0.005
     variant: str | None = None
@@ -87,13 +85,7 @@ class Fate:
                 time.sleep(60)
             if self.strikes(f"frozen, {point}", self.plan.freezes.get(point)):
                 self.tally.add(f"frozen, {point}")
-                self._freeze()
-
-    def _freeze(self) -> None:
-        """Stop every thread of this process for longer than a lease; somebody else has to wake it."""
-        pid = os.getpid()
-        subprocess.Popen(["/bin/sh", "-c", f"sleep {self.plan.freeze_s}; kill -CONT {pid}"])
-        os.kill(pid, SIGSTOP)
+                os.kill(os.getpid(), SIGSTOP)  # House.thaw() wakes it, too late
 
 
 class HostileStore:

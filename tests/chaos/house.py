@@ -13,6 +13,7 @@ from pathlib import Path
 from signal import SIGCONT, SIGKILL, SIGSTOP
 from uuid import UUID
 
+import psutil
 import psycopg
 from sqlalchemy import text
 
@@ -26,6 +27,7 @@ from tests.chaos.faults import Plan
 from tests.chaos.tally import Tally
 
 ROOT = Path(__file__).parent.parent.parent
+OPEN = "SELECT DISTINCT worker FROM packs WHERE closed_at IS NULL"
 BUSY = "SELECT DISTINCT worker FROM packs WHERE closed_at IS NULL AND lease_until > clock_timestamp()"
 
 
@@ -61,6 +63,19 @@ class Crew:
         pid = self.pid(name)
         return pid is not None and _signal(pid, SIGKILL)
 
+    def frozen(self) -> list[tuple[str, psutil.Process]]:
+        """Who has stopped, by the name it is kept under; of a node its child."""
+        found = []
+        with suppress(psutil.Error):
+            for kept in psutil.Process(self._zygote.pid).children():
+                for process in (kept, *kept.children()):
+                    if process.status() == psutil.STATUS_STOPPED:
+                        found.append((self._name_of(kept.pid), process))
+        return found
+
+    def _name_of(self, pid: int) -> str:
+        return next((p.stem for p in self._folder.glob("*.pid") if p.read_text() == str(pid)), "")
+
     def stop(self) -> None:
         """Kill all of them, at once."""
         self._zygote.stdin.close()
@@ -88,6 +103,7 @@ class House:
     max_attempts: int = 5  # killed alone so often and innocent: hardly ever
     submitted: set[UUID] = field(default_factory=set)
     callers: list[Caller] = field(default_factory=list)
+    _since: dict[int, float] = field(default_factory=dict)  # pid → monotonic time it was first seen frozen
 
     @property
     def tally(self) -> Tally:
@@ -177,6 +193,19 @@ class House:
         if name in self._busy() and _signal(pid, SIGKILL):
             self.tally.add("killed at random")
         _signal(pid, SIGCONT)
+
+    def thaw(self, crew: Crew) -> None:
+        """Wake those that froze, when somebody else has their packs: at the worst moment."""
+        late = crew.frozen()
+        if not late:
+            return
+        hold = {row.worker.partition("@")[0] for row in self.ask(OPEN)}
+        for name, process in late:
+            self._since.setdefault(process.pid, time.monotonic())
+            stuck = time.monotonic() - self._since[process.pid] > 15  # it froze with a lock in its hand
+            if name.startswith(self.name) and (name not in hold or stuck):
+                del self._since[process.pid]
+                _signal(process.pid, SIGCONT)
 
     def _busy(self) -> set[str]:
         return {row.worker for row in self.ask(BUSY)}

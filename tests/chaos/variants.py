@@ -64,6 +64,7 @@ BILL = f"""
     JOIN job_keys AS k ON k.job_id = f.job_id AND k.key_no = f.key_no
     WHERE f.status = 'claimed' AND f.pack_id = s.pack_id OR f.id = ANY (CAST(:settled AS uuid[]))
 """
+HOLD = "SELECT id FROM packs WHERE id = ANY (CAST(:packs AS bigint[])) ORDER BY id FOR UPDATE"
 CLOSE = """
     UPDATE packs SET outcome = 'settled', closed_at = clock_timestamp()
     WHERE id = ANY (CAST(:packs AS bigint[])) AND closed_at IS NULL
@@ -79,6 +80,7 @@ IMAGES = """
 
 def _result(stored) -> list:
     with transaction() as db:
+        db.execute(text(HOLD), _arrays(stored))
         for s in stored:
             facts = ("key", "format", "sha256", "pixel_sha256", "bytes", "width", "height")
             db.execute(text(IMAGES), {"frame": s.frame_id, **{name: getattr(s, name) for name in facts}})
@@ -89,6 +91,7 @@ def _result(stored) -> list:
 
 def _bill(stored, settled) -> None:
     with transaction() as db:
+        db.execute(text(HOLD), _arrays(stored))
         db.execute(text(BILL), {**_arrays(stored), "settled": settled})
 
 

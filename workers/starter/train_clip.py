@@ -52,8 +52,8 @@ def train_clip(folder: Path, tokenizer: CLIPTokenizer) -> CLIPModel:
     torch.manual_seed(2)
     clip = new_clip(tokenizer)
 
-    def loss(step: int) -> torch.Tensor:
-        pixels, captions = captioned_batch(step * BATCH, BATCH)
+    def loss(turn: int) -> torch.Tensor:
+        pixels, captions = captioned_batch(turn * BATCH, BATCH)
         words = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         return clip(pixel_values=pixels, **words, return_loss=True).loss
 

@@ -13,6 +13,7 @@ from workers.starter.pictures import draw, imagine
 from workers.starter.training import Course, fit
 
 STEPS = 4000
+SHARPEN_STEPS = 1500  # of the decoder alone
 BATCH = 8
 OUTLINE_WEIGHT = 4
 KL_SHARE = 5e-4  # enough that the decoder forgives small errors of the denoiser
@@ -39,8 +40,8 @@ def train_vae(folder: Path) -> AutoencoderKL:
     torch.manual_seed(1)
     vae = new_vae()
 
-    def loss(step: int) -> torch.Tensor:
-        pixels = picture_batch(step * BATCH, BATCH)
+    def loss(turn: int) -> torch.Tensor:
+        pixels = picture_batch(turn * BATCH, BATCH)
         posterior = vae.encode(pixels).latent_dist
         error = vae.decode(posterior.sample()).sample - pixels
         kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -48,9 +49,25 @@ def train_vae(folder: Path) -> AutoencoderKL:
         return (error.abs() * weight).mean() + (error.square() * weight).mean() + KL_SHARE * kl
 
     fit(vae, loss, Course("vae", STEPS, 2e-3, folder))
+    _sharpen(vae, folder)
     latents = encode(vae, picture_batch(10_000_000, 256, strange=False))
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     return vae
+
+
+def _sharpen(vae: AutoencoderKL, folder: Path) -> None:
+    """Train the decoder on while the latents stay what they are: tips of small stars, corners of crosses."""
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+
+    def loss(turn: int) -> torch.Tensor:
+        pixels = picture_batch(5_000_000 + turn * BATCH, BATCH)
+        with torch.no_grad():
+            latents = vae.encode(pixels).latent_dist.sample()
+        error = vae.decode(latents).sample - pixels
+        return ((error.abs() + error.square()) * _weight(pixels)).mean()
+
+    fit(vae, loss, Course("decoder", SHARPEN_STEPS, 1.5e-3, folder))
 
 
 def _weight(pixels: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What people build first: a Celery task an image, on the same stock pipeline; the result is a PNG in a folder.
+"""What people build first: a Celery task an image, on the same stock pipeline; the result is a PNG on disk.
 
 A broker database and a queue of its own, prefork with one child, one thread. It has nothing of the farm's: no
 books, no leases, no fsync.
@@ -19,8 +19,8 @@ import redis
 from celery import Celery
 from celery.signals import worker_process_init
 
-from benchmarks.bare import Call, load, render
 from benchmarks.harness import alive, process, until
+from benchmarks.plain.loop import Call, load, render
 
 BROKER = os.environ.get("PLAIN_BROKER_URL", "")
 TIMES = "plain.times"  # a list in Redis: when each task began and ended
@@ -38,7 +38,7 @@ app.conf.update(
 _loaded: dict[str, Any] = {}
 
 
-@worker_process_init.connect
+@worker_process_init.connect  # type: ignore[untyped-decorator]
 def _load(**_: object) -> None:
     _loaded["pipeline"] = load(os.environ["PLAIN_MODEL"])
     _loaded["config"] = _loaded["pipeline"].scheduler.config
@@ -81,7 +81,7 @@ def plain_celery(model: str, folder: Path) -> Iterator[Plain]:
     images, log = folder / "plain-images", folder / "plain.log"
     images.mkdir(exist_ok=True)
     env = {"PLAIN_BROKER_URL": broker_url, "PLAIN_MODEL": model, "PLAIN_FOLDER": str(images)}
-    command = [sys.executable, "-m", "celery", "-A", "benchmarks.plain_celery", "worker", "-Q", "plain"]
+    command = [sys.executable, "-m", "celery", "-A", "benchmarks.plain.tasks", "worker", "-Q", "plain"]
     prefork = ["-P", "prefork", "-c", "1", "--without-gossip", "--without-mingle", "-l", "WARNING"]
     with process([*command, *prefork], log=log, env=env) as child:
         yield Plain(broker_url, alive(child, log))

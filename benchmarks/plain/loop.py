@@ -79,7 +79,7 @@ def bare(model: str, *, log: Path) -> Iterator[Bare]:
     """Run the process; it has the checkpoint loaded when this yields."""
     with log.open("ab") as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.bare", model],
+            [sys.executable, "-m", "benchmarks.plain.loop", model],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,
