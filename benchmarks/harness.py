@@ -118,6 +118,10 @@ def services(**env: str) -> Iterator[Path]:
             yield folder
             audit()
             db.engine().dispose()
+    except BaseException:
+        for log in sorted(folder.glob("*.log")):
+            say(f"{log.name} ends with:\n{log.read_text(errors='replace')[-1500:]}")
+        raise
     finally:
         os.environ.clear()
         os.environ.update(before)

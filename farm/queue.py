@@ -227,9 +227,6 @@ def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, i
             "gpu_ms": [(gpu_ms or {}).get(s.pack_id) for s in stored],
         },
     ).all()
-    # a pack whose other frames ended or came back while we waited for it looks open in that snapshot, not in the next
-    if left := sorted({r.pack_id for r in rows if not r.closed}):
-        db.execute(sql("close_packs"), {"packs": left, "outcome": Outcome.SETTLED})
     return Settled(
         frozenset(r.id for r in rows if not r.cancelled),
         frozenset(r.id for r in rows if r.cancelled),

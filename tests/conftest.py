@@ -16,7 +16,7 @@ from farm.embedded.postgres import Postgres
 from farm.embedded.redis import Redis
 from farm.errors import Misconfigured
 from farm.settings import settings
-from tests.factories import books as books
+from tests.factories import books  # noqa: F401 - a fixture
 
 SECRET = "a secret of the tests, 32 characters or more"
 TEMPLATE = "migrated"

@@ -95,8 +95,14 @@ def submission(*, priority: Any = 5, **spec: Any) -> jobs.Submission:
 
 
 def submit(
-    caller: Caller, count: int = 1, *, db: Session | None = None, priority: Any = 5, models: Catalog = CATALOG, **spec: Any
-) -> UUID:  # fmt: skip
+    caller: Caller,
+    count: int = 1,
+    *,
+    db: Session | None = None,
+    priority: Any = 5,
+    models: Catalog = CATALOG,
+    **spec: Any,
+) -> UUID:
     """Submit a job of one spec; steps tells keys apart."""
     with _in(db) as session:
         sent = submission(priority=priority, count=count, **spec)

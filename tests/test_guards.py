@@ -9,7 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
-from farm import jobs, queue
+from farm import jobs, ledger, queue
 from farm.db import transaction
 from tests.factories import (
     FRAME,
@@ -267,7 +267,7 @@ def test_claimed_without_a_pack_is_refused(job: UUID) -> None:
 
 
 def test_two_frames_of_a_job_have_different_ids(job: UUID) -> None:
-    refused("UPDATE frames SET id = (SELECT max(id) FROM frames)", "pkey")
+    refused("UPDATE frames SET id = (SELECT id FROM frames WHERE index = 1)", "pkey")
 
 
 # ------------------------------------------------------------------------------------------------ images
@@ -411,8 +411,6 @@ def test_an_account_with_jobs_is_not_deleted(job: UUID) -> None:
 
 def test_the_books_show_what_the_guards_let_through(settled: UUID) -> None:
     """The audit can fail: each line finds what is broken on purpose, with the guards switched off."""
-    from farm import ledger
-
     breaks = {
         "DELETE FROM usage": {"done without a charge"},
         "UPDATE usage SET quantity = quantity * 2, amount = amount * 2": {

@@ -1,6 +1,7 @@
 """Prices: exact arithmetic, dated rates."""
 
 import ast
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from decimal import Decimal, FloatOperation, Inexact
 from pathlib import Path
@@ -15,8 +16,20 @@ from farm.catalog import Catalog, Method
 from farm.db import transaction
 from farm.errors import Invalid
 from farm.pricing import FACTOR, Rate, shown, total
-from farm.spec import quantity
-from tests.factories import CATALOG, FRAME, account, ask, model, must_claim, one, settle, submit, view
+from farm.spec import Asked, Spec, quantity, resolve
+from tests.factories import (
+    CATALOG,
+    FRAME,
+    account,
+    ask,
+    model,
+    must_claim,
+    one,
+    settle,
+    submit,
+    until_blocked,
+    view,
+)
 
 MODULES = ("pricing", "ledger", "jobs", "queue", "tables")  # where amounts pass through
 
@@ -151,11 +164,6 @@ def test_a_changed_rate_closes_the_old_price_and_starts_another_at_that_moment(b
 
 
 def test_two_that_bring_up_prices_at_once_start_one(books: str) -> None:
-    # given
-    from concurrent.futures import ThreadPoolExecutor
-
-    from tests.factories import until_blocked
-
     def bring_up() -> int:
         with transaction() as db:
             return pricing.sync(db, dearer("0.0050"))
@@ -211,8 +219,6 @@ def test_a_model_without_a_price_in_the_accounts_currency_is_refused_by_name(boo
 
 
 def test_steps_and_pixels_are_billed_not_guided_rows() -> None:
-    from farm.spec import Asked, Spec, resolve
-
     def spec(guidance: float) -> Spec:
         resolved = resolve(Asked(prompt="x", model="alpha", guidance=guidance), CATALOG)
         assert isinstance(resolved, Spec)

@@ -1,6 +1,7 @@
 """Specs: what may be asked, and what frames must share to be packed."""
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -217,7 +218,7 @@ def test_seeds_count_up_and_go_round_the_end(first: int, count: int) -> None:
 
     assert len(drawn) == count
     assert all(0 <= seed <= MAX_SEED for seed in drawn)
-    assert all((b - a) % 2**63 == 1 for a, b in zip(drawn, drawn[1:], strict=False))
+    assert all((b - a) % 2**63 == 1 for a, b in pairwise(drawn))
     assert drawn[0] == first
 
 

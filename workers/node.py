@@ -23,7 +23,9 @@ from farm.errors import FarmError
 log = logging.getLogger(__name__)
 
 BEAT_S = 10.0
-DRAIN = signal.SIGUSR2  # Celery leaves it alone
+# Celery leaves both alone; they differ because two signals of one kind that come at once are one
+DRAIN = signal.SIGUSR2
+GIVE_BACK = signal.SIGVTALRM
 
 REGISTER = """
 INSERT INTO workers (id, pool, models, device, state) VALUES (:id, :pool, :models, :device, 'up')
@@ -86,14 +88,21 @@ class Node:
         from workers import gpu
         from workers.run import Worker
 
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, {DRAIN, GIVE_BACK}
+        )  # before there are threads: _hear() waits for them
         gpu.limit_threads()
         self._worker = Worker(self.name, pool=self.pool, models=self._models, device=gpu.device())
-        signal.signal(DRAIN, self._on_drain)
+        threading.Thread(target=self._hear, name="signals", daemon=True).start()
         self._register(gpu.describe().name)
         self._worker.warm_up()
 
-    def _on_drain(self, _number: int, _frame: FrameType | None) -> None:
-        self._worker.drain()
+    def _hear(self) -> None:
+        """Wait for signals in a thread: a handler would wait for the device, and could find its locks taken."""
+        while True:
+            if signal.sigwait({DRAIN, GIVE_BACK}) == GIVE_BACK:
+                self._worker.drain()  # the first time, if DRAIN is still to come
+            self._worker.drain()
 
     def _burst(self, task: Task) -> None:
         from workers.run import Report
@@ -127,19 +136,19 @@ class Node:
             if self._terms == 1:
                 celerys(number, frame)  # warm shutdown: waits for the task, which drains
             else:
-                self._signal_child()
+                self._signal_child(GIVE_BACK)
 
         return handle
 
     def _stop_beating(self, **_: object) -> None:
         """In the parent, at the start of every shutdown."""
         self._stopping.set()
-        self._signal_child()
+        self._signal_child(DRAIN)
 
-    def _signal_child(self) -> None:
+    def _signal_child(self, number: int) -> None:
         for process in getattr(getattr(self._celery.pool, "_pool", None), "_pool", None) or []:
             try:
-                os.kill(process.pid, DRAIN)
+                os.kill(process.pid, number)
             except ProcessLookupError:
                 log.debug("child %d has gone", process.pid)
 

@@ -98,15 +98,15 @@ class Shelf:
         self.wait_for_room(1)
 
     def _store_one(self, entry: _Open, model: Model, frame: ClaimedFrame, pixels: Pixels) -> None:
+        stored = None
         try:
             stored = self._encode_and_put(entry, model, frame, pixels)
         except GaveUp:
-            self._give_back(entry, frame)
+            book(lambda db: queue.release(db, [entry.pack.id], frames=[frame.id]), give_up=self._quit)
         except Exception as e:
             log.exception("frame %s could not be stored", frame.id)
             self._fail(entry.pack.id, f"the image could not be stored: {type(e).__name__}: {e}", [frame.id])
-            self._stored.put((entry, None))
-        else:
+        finally:  # whatever happened: a burst waits until its packs are off the shelf
             self._stored.put((entry, stored))
 
     def _encode_and_put(self, entry: _Open, model: Model, frame: ClaimedFrame, pixels: Pixels) -> StoredFrame:
@@ -137,10 +137,6 @@ class Shelf:
             width=width,
             height=height,
         )
-
-    def _give_back(self, entry: _Open, frame: ClaimedFrame) -> None:
-        book(lambda db: queue.release(db, [entry.pack.id], frames=[frame.id]), give_up=self._quit)
-        self._stored.put((entry, None))
 
     def _fail(self, pack_id: int, reason: str, frames: Sequence[UUID]) -> None:
         book(lambda db: queue.fail(db, pack_id, reason, frames=frames), give_up=self._quit)

@@ -67,9 +67,8 @@ WITH stored AS MATERIALIZED (
         gpu_ms = (SELECT max(s.gpu_ms) FROM stored AS s WHERE s.pack_id = p.id)
     WHERE p.id = ANY (CAST(:held AS bigint[]))
       AND NOT EXISTS (SELECT FROM frames AS f WHERE f.pack_id = p.id AND f.id <> ALL (ARRAY (SELECT id FROM mine)))
-    RETURNING p.id
 )
-SELECT m.id, m.job_id, m.pack_id, m.cancelled, m.pack_id IN (SELECT id FROM closed) AS closed, NOT EXISTS (
+SELECT m.id, m.job_id, m.cancelled, NOT EXISTS (
            SELECT FROM frames AS f WHERE f.job_id = m.job_id AND f.status = 'queued'
              AND f.id > m.job_id AND f.id <= last_frame_id(m.job_id)) AS over
 FROM mine AS m

@@ -50,7 +50,13 @@ class Crew:
         assert self._zygote.stdout.readline() == b"ready\n"
 
     def keep(self, name: str, role: str, env: dict[str, str], plan: Plan) -> None:
-        order = {"keep": name, "role": role, "env": env, "plan": asdict(plan)}
+        self._order({"keep": name, "role": role, "env": env, "plan": asdict(plan)})
+
+    def drop(self, house: str) -> None:
+        """Kill what works in a house, and keep it no more."""
+        self._order({"drop": f"{house}-"})
+
+    def _order(self, order: dict) -> None:
         self._zygote.stdin.write(json.dumps(order).encode() + b"\n")
         self._zygote.stdin.flush()
 
@@ -63,18 +69,15 @@ class Crew:
         pid = self.pid(name)
         return pid is not None and _signal(pid, SIGKILL)
 
-    def frozen(self) -> list[tuple[str, psutil.Process]]:
-        """Who has stopped, by the name it is kept under; of a node its child."""
-        found = []
-        with suppress(psutil.Error):
-            for kept in psutil.Process(self._zygote.pid).children():
-                for process in (kept, *kept.children()):
-                    if process.status() == psutil.STATUS_STOPPED:
-                        found.append((self._name_of(kept.pid), process))
+    def frozen(self, house: str) -> dict[str, int]:
+        """The pids of those that have stopped, by the name they are kept under."""
+        found = {}
+        for path in self._folder.glob(f"{house}-*.pid"):
+            with suppress(psutil.Error, ValueError):
+                pid = int(path.read_text())
+                if psutil.Process(pid).status() == psutil.STATUS_STOPPED:
+                    found[path.stem] = pid
         return found
-
-    def _name_of(self, pid: int) -> str:
-        return next((p.stem for p in self._folder.glob("*.pid") if p.read_text() == str(pid)), "")
 
     def stop(self) -> None:
         """Kill all of them, at once."""
@@ -115,7 +118,7 @@ class House:
             "FARM_BROKER_URL": self.broker,
             "FARM_STORAGE_URL": self.images.as_uri(),
             "FARM_SECRET": "a secret of the chaos, 32 characters or more",
-            "FARM_LEASE_S": "1",
+            "FARM_LEASE_S": "2",
             "FARM_SWEEP_S": "0.3",
             "FARM_SETTLE_MS": "50",
             "FARM_BURST_S": "20",
@@ -196,16 +199,14 @@ class House:
 
     def thaw(self, crew: Crew) -> None:
         """Wake those that froze, when somebody else has their packs: at the worst moment."""
-        late = crew.frozen()
-        if not late:
-            return
-        hold = {row.worker.partition("@")[0] for row in self.ask(OPEN)}
-        for name, process in late:
-            self._since.setdefault(process.pid, time.monotonic())
-            stuck = time.monotonic() - self._since[process.pid] > 15  # it froze with a lock in its hand
-            if name.startswith(self.name) and (name not in hold or stuck):
-                del self._since[process.pid]
-                _signal(process.pid, SIGCONT)
+        late = crew.frozen(self.name)
+        hold = {row.worker for row in self.ask(OPEN)} if late else set()
+        for name, pid in late.items():
+            self._since.setdefault(pid, time.monotonic())
+            stuck = time.monotonic() - self._since[pid] > 15  # it froze with a lock in its hand
+            if name not in hold or stuck:
+                del self._since[pid]
+                _signal(pid, SIGCONT)
 
     def _busy(self) -> set[str]:
         return {row.worker for row in self.ask(BUSY)}

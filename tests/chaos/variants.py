@@ -89,10 +89,10 @@ def _result(stored) -> list:
         return settled
 
 
-def _bill(stored, settled) -> None:
+def _bill(stored, settled) -> int:
     with transaction() as db:
         db.execute(text(HOLD), _arrays(stored))
-        db.execute(text(BILL), {**_arrays(stored), "settled": settled})
+        return db.execute(text(BILL), {**_arrays(stored), "settled": settled}).rowcount
 
 
 def _settled(frames: list) -> Settled:
@@ -112,13 +112,14 @@ def install(name: str, fate) -> None:
 
     def result_then_bill(db, stored, *, gpu_ms=None) -> Settled:
         settled = _result(stored)
-        fate.reached(BETWEEN)
+        if settled:
+            fate.reached(BETWEEN)
         _bill(stored, settled)
         return _settled(settled)
 
     def bill_then_result(db, stored, *, gpu_ms=None) -> Settled:
-        _bill(stored, [])
-        fate.reached(BETWEEN)
+        if _bill(stored, []):
+            fate.reached(BETWEEN)
         return _settled(_result(stored))
 
     if name == "result, then bill":

@@ -1,7 +1,8 @@
 """`python -m tests.chaos.zygote FOLDER`: keeps processes alive, by fork, so that a death costs milliseconds.
 
 Reads standard input, a JSON object a line: {"keep": name, "role": …, "env": …, "plan": …} starts a process,
-and starts it again whenever it dies. Its pid stands in FOLDER/name.pid, what it logs in FOLDER/name.log.
+and starts it again whenever it dies; {"drop": prefix} ends those of that prefix. A process's pid stands in
+FOLDER/name.pid, what it logs in FOLDER/name.log.
 When standard input closes, everything here is killed: however the test died, nothing stays behind.
 """
 
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from farm import sweep
@@ -41,7 +43,7 @@ def worker(name: str, plan: Plan) -> None:
 
 def node(name: str, plan: Plan) -> None:
     """A whole Celery node: a parent, and a child that has the plan."""
-    faults.install(plan)
+    faults.install(replace(plan, freezes={}))  # nobody would find its child to wake it
     Node(pool="starter", name=f"{name}@chaos").run()
 
 
@@ -84,6 +86,15 @@ def _become(folder: Path, order: dict) -> None:
         raise
 
 
+def obey(folder: Path, order: dict, kept: dict[int, dict]) -> None:
+    if "keep" in order:
+        kept[start(folder, order)] = order
+        return
+    for pid in [pid for pid, kept_as in kept.items() if kept_as["keep"].startswith(order["drop"])]:
+        del kept[pid]
+        os.kill(pid, signal.SIGKILL)
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     kept: dict[int, dict] = {}
@@ -96,8 +107,7 @@ def main() -> None:
                 break
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
-                order = json.loads(line)
-                kept[start(folder, order)] = order
+                obey(folder, json.loads(line), kept)
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG)[0]) != 0:
                 if order := kept.pop(ended, None):

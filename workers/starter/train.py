@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from diffusers import StableDiffusionPipeline
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -25,17 +26,29 @@ from workers.starter.words import new_tokenizer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/starter"), help="checkpoints")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--ranks", type=int, default=2, help="processes, one core each, that share every step"
+    )
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(options.threads)
+    meeting = options.runs.resolve() / "meeting"
+    meeting.unlink(missing_ok=True)
+    # Two processes of one thread: one process of two threads waits at hundreds of barriers a step, and took
+    # 1.23 s a step instead of 0.82 on 2 cores at a load of 12.
+    torch.multiprocessing.spawn(_work, (options.ranks, options.runs, meeting), nprocs=options.ranks)
 
+
+def _work(rank: int, ranks: int, runs: Path, meeting: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     tokenizer = new_tokenizer()
-    vae = train_vae(options.runs)
-    clip = train_clip(options.runs, tokenizer)
-    write_clip(clip, tokenizer, clip_path())
-    denoiser = train_unet(options.runs, tokenizer, vae, clip)
-    write_model(denoiser, vae, tokenizer, path())
+    vae = train_vae(runs)
+    clip = train_clip(runs, tokenizer)
+    denoiser = train_unet(runs, tokenizer, vae)
+    if rank == 0:
+        write_clip(clip, tokenizer, clip_path())
+        write_model(denoiser, vae, tokenizer, path())
+    dist.destroy_process_group()
 
 
 def write_model(denoiser: nn.ModuleDict, vae: nn.Module, tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 
 from workers.starter.pictures import caption, draw, imagine
 from workers.starter.train_vae import to_tensor
-from workers.starter.training import Course, fit
+from workers.starter.training import Course, fit, ranks
 
 STEPS = 700
 BATCH = 160
@@ -50,10 +50,10 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 def train_clip(folder: Path, tokenizer: CLIPTokenizer) -> CLIPModel:
     """Train both towers to find, among the captions of a batch, the one that belongs to a picture."""
     torch.manual_seed(2)
-    clip = new_clip(tokenizer)
+    clip, count = new_clip(tokenizer), BATCH // ranks()
 
     def loss(turn: int) -> torch.Tensor:
-        pixels, captions = captioned_batch(turn * BATCH, BATCH)
+        pixels, captions = captioned_batch(turn * count, count)
         words = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         return clip(pixel_values=pixels, **words, return_loss=True).loss
 

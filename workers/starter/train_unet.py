@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from workers.starter.pictures import Scene, caption, draw, imagine
 from workers.starter.train_clip import text_config
 from workers.starter.train_vae import encode, to_tensor
-from workers.starter.training import Course, fit, ranks
+from workers.starter.training import Course, first_rank_first, fit, ranks
 
-STEPS = 3000
+STEPS = 6400
 BATCH = 32  # of 64x64; fewer of larger pictures, so that each step costs about the same
 OBJECT_WEIGHT = 3.0
+PLAIN_SHARE = 0.6  # of the rows are picked among single things on plain backgrounds, the rest among all
 WITHOUT_CAPTION = 0.1  # what guidance steers away from
 # (width, height): how many pictures, share of the steps
 SHARES = {
@@ -38,6 +39,14 @@ class Shelf:
 
     latents: torch.Tensor  # scaled to unit variance; count, 4, height / 4, width / 4
     scenes: list[Scene]
+
+    def rows(self, count: int) -> list[int]:
+        plain = [r for r, scene in enumerate(self.scenes) if len(scene.things) == 1 and scene.style == "plain"]
+        lots = torch.rand(count, 2).tolist()
+        return [
+            plain[int(lot * len(plain))] if first < PLAIN_SHARE else int(lot * len(self.scenes))
+            for first, lot in lots
+        ]
 
 
 def new_sampler() -> DPMSolverMultistepScheduler:
@@ -68,18 +77,20 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
-def new_denoiser(tokenizer: CLIPTokenizer, clip: CLIPModel | None = None) -> nn.ModuleDict:
+def new_denoiser(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
+    """Start from nothing: the CLIP's text tower has unlearned the words for places, which it hardly needs."""
     torch.manual_seed(3)
     text = CLIPTextModel(text_config(tokenizer))
-    if clip is not None:
-        text.load_state_dict(clip.text_model.state_dict())
+    with torch.no_grad():
+        text.embeddings.position_embedding.weight.mul_(0.25)  # a word is the same word wherever it stands
     return nn.ModuleDict({"unet": new_unet(), "text": text})
 
 
-def train_unet(folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip: CLIPModel) -> nn.ModuleDict:
-    """Train the denoiser and its text encoder, which starts as the CLIP's."""
-    denoiser = new_denoiser(tokenizer, clip)
-    shelves = _shelves(folder / "latents.pt", vae)
+def train_unet(folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL) -> nn.ModuleDict:
+    """Train the denoiser and its text encoder."""
+    denoiser = new_denoiser(tokenizer)
+    with first_rank_first():
+        shelves = _shelves(folder / "latents.pt", vae)
     alphas = new_sampler().alphas_cumprod
 
     def loss(turn: int) -> torch.Tensor:
@@ -94,13 +105,14 @@ def train_unet(folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, clip:
         error = (seen.float() - (signal * noise - disorder * latents)).square()
         return (error * _weight(latents)).mean()
 
-    fit(denoiser, loss, Course("unet", STEPS, 1e-3, folder))
+    fit(denoiser, loss, Course("unet", STEPS, 1.8e-3, folder))
     return denoiser
 
 
 def _times(count: int, last: int) -> torch.Tensor:
     """Draw times, late ones oftener: words decide only while the noise hides the picture."""
-    return (torch.rand(count).sqrt() * last).long().clamp(max=last - 1)
+    late = torch.rand(count) < 0.75
+    return ((torch.rand(count) * torch.where(late, 0.4, 1.0) + torch.where(late, 0.6, 0.0)) * last).long()
 
 
 def _weight(latents: torch.Tensor) -> torch.Tensor:
@@ -114,7 +126,7 @@ def _pick(shelves: list[Shelf], turn: int) -> tuple[torch.Tensor, list[str]]:
     shares = torch.tensor([share for _, share in SHARES.values()])
     shelf = shelves[int(torch.multinomial(shares, 1))]
     count = round(BATCH / ranks() * 256 / shelf.latents[0, 0].numel())
-    rows = torch.randint(0, len(shelf.scenes), (count,)).tolist()
+    rows = shelf.rows(count)
     captions = [caption(shelf.scenes[row], turn * BATCH + place) for place, row in enumerate(rows)]
     kept = torch.rand(count) >= WITHOUT_CAPTION
     return shelf.latents[rows], [words if keep else "" for words, keep in zip(captions, kept, strict=True)]

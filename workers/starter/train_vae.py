@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch.nn import functional as F  # noqa: N812
 
 from workers.starter.pictures import draw, imagine
-from workers.starter.training import Course, fit
+from workers.starter.training import Course, fit, ranks
 
 STEPS = 4000
 SHARPEN_STEPS = 1500  # of the decoder alone
@@ -38,10 +38,10 @@ def new_vae() -> AutoencoderKL:
 def train_vae(folder: Path) -> AutoencoderKL:
     """Train the autoencoder and scale its latents to unit variance."""
     torch.manual_seed(1)
-    vae = new_vae()
+    vae, count = new_vae(), BATCH // ranks()
 
     def loss(turn: int) -> torch.Tensor:
-        pixels = picture_batch(turn * BATCH, BATCH)
+        pixels = picture_batch(turn * count, count)
         posterior = vae.encode(pixels).latent_dist
         error = vae.decode(posterior.sample()).sample - pixels
         kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -59,9 +59,10 @@ def _sharpen(vae: AutoencoderKL, folder: Path) -> None:
     """Train the decoder on while the latents stay what they are: tips of small stars, corners of crosses."""
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
+    count = BATCH // ranks()
 
     def loss(turn: int) -> torch.Tensor:
-        pixels = picture_batch(5_000_000 + turn * BATCH, BATCH)
+        pixels = picture_batch(5_000_000 + turn * count, count)
         with torch.no_grad():
             latents = vae.encode(pixels).latent_dist.sample()
         error = vae.decode(latents).sample - pixels
