@@ -13,10 +13,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from workers.starter.pictures import Scene, caption, draw, imagine
 from workers.starter.train_clip import text_config
+from workers.starter.train_hints import Hints, facts_of
 from workers.starter.train_vae import encode, to_tensor
 from workers.starter.training import Course, first_rank_first, fit, ranks
 
-STEPS = 6400
+HINT_SHARE = 0.1
+STEPS = 7200
 BATCH = 32  # of 64x64; fewer of larger pictures, so that each step costs about the same
 OBJECT_WEIGHT = 3.0
 PLAIN_SHARE = 0.6  # of the rows are picked among single things on plain backgrounds, the rest among all
@@ -83,7 +85,7 @@ def new_denoiser(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
     text = CLIPTextModel(text_config(tokenizer))
     with torch.no_grad():
         text.embeddings.position_embedding.weight.mul_(0.25)  # a word is the same word wherever it stands
-    return nn.ModuleDict({"unet": new_unet(), "text": text})
+    return nn.ModuleDict({"unet": new_unet(), "text": text, "hints": Hints()})
 
 
 def train_unet(folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL) -> nn.ModuleDict:
@@ -92,9 +94,11 @@ def train_unet(folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL) -> nn
     with first_rank_first():
         shelves = _shelves(folder / "latents.pt", vae)
     alphas = new_sampler().alphas_cumprod
+    middle: list[torch.Tensor] = [torch.empty(0)]
+    denoiser["unet"].mid_block.register_forward_hook(lambda _m, _i, out: middle.__setitem__(0, out))
 
     def loss(turn: int) -> torch.Tensor:
-        latents, captions = _pick(shelves, turn)
+        latents, captions, facts = _pick(shelves, turn)
         words = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         times = _times(len(latents), len(alphas))
         noise = torch.randn_like(latents)
@@ -103,7 +107,9 @@ def train_unet(folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL) -> nn
             hidden = denoiser["text"](words).last_hidden_state
             seen = denoiser["unet"](signal * latents + disorder * noise, times, hidden).sample
         error = (seen.float() - (signal * noise - disorder * latents)).square()
-        return (error * _weight(latents)).mean()
+        hints = denoiser["hints"].scene_loss(hidden, words == tokenizer.eos_token_id, facts)
+        hints = hints + denoiser["hints"].position_loss(middle[0])
+        return (error * _weight(latents)).mean() + HINT_SHARE * hints
 
     fit(denoiser, loss, Course("unet", STEPS, 1.8e-3, folder))
     return denoiser
@@ -122,14 +128,16 @@ def _weight(latents: torch.Tensor) -> torch.Tensor:
     return weight / weight.mean()
 
 
-def _pick(shelves: list[Shelf], turn: int) -> tuple[torch.Tensor, list[str]]:
+def _pick(shelves: list[Shelf], turn: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
     shares = torch.tensor([share for _, share in SHARES.values()])
     shelf = shelves[int(torch.multinomial(shares, 1))]
     count = round(BATCH / ranks() * 256 / shelf.latents[0, 0].numel())
     rows = shelf.rows(count)
     captions = [caption(shelf.scenes[row], turn * BATCH + place) for place, row in enumerate(rows)]
     kept = torch.rand(count) >= WITHOUT_CAPTION
-    return shelf.latents[rows], [words if keep else "" for words, keep in zip(captions, kept, strict=True)]
+    captions = [words if keep else "" for words, keep in zip(captions, kept.tolist(), strict=True)]
+    facts = torch.tensor([facts_of(shelf.scenes[row]) for row in rows])
+    return shelf.latents[rows], captions, facts.masked_fill(~kept[:, None], -100)
 
 
 def _shelves(file: Path, vae: AutoencoderKL) -> list[Shelf]:
