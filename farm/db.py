@@ -22,7 +22,7 @@ IDLE_S = 5.0
 OPTIONS = (
     "timezone=UTC",
     "plan_cache_mode=force_generic_plan",  # planning claim.sql takes longer than running it
-    "idle_in_transaction_session_timeout=60000",
+    "idle_in_transaction_session_timeout=10000",  # a worker that froze in a claim holds up its lane this long
 )
 SQL = Path(__file__).parent / "sql"
 

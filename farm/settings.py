@@ -40,7 +40,9 @@ class Settings(BaseSettings):
     public_url: str = Field("", description="how clients reach the API; empty: the Host header's address")
 
     # times
-    lease_s: float = Field(60.0, gt=0, description="a pack is somebody else's when its lease was not extended")
+    lease_s: float = Field(
+        60.0, gt=0, description="a pack is somebody else's when its lease was not extended"
+    )
     sweep_s: float = Field(1.0, gt=0, description="pause between two rounds of repair")
     burst_s: float = Field(600.0, gt=0, description="a burst stops claiming after this")
     grace_s: float = Field(30.0, ge=0, description="how long a draining worker may finish what it has")

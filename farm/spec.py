@@ -137,7 +137,9 @@ def _faults(spec: Spec, model: Model, at: str) -> list[Fault]:
             faults.append(Fault(f"{at}{name}", getattr(spec, name), allowed))
     for name, limit in (("steps", model.steps), ("guidance", model.guidance)):
         if not limit.min <= getattr(spec, name) <= limit.max:
-            faults.append(Fault(f"{at}{name}", getattr(spec, name), f"allowed are {limit.min} to {limit.max}"))
+            faults.append(
+                Fault(f"{at}{name}", getattr(spec, name), f"allowed are {limit.min} to {limit.max}")
+            )
     if spec.sampler not in model.samplers:
         faults.append(Fault(f"{at}sampler", spec.sampler, f"allowed are {', '.join(model.samplers)}"))
     if spec.negative_prompt and not model.negative_prompt:
@@ -161,7 +163,9 @@ def shape_key(spec: Spec, model: Model) -> str:
 
 def call_key(spec: Spec, model: Model) -> str:
     """What frames must share in one stock pipe() call: the shape key and what the call takes once."""
-    guidance = ("guided" if spec.guided else "unguided") if "guidance" in model.free else f"g{spec.guidance:g}"
+    guidance = (
+        ("guided" if spec.guided else "unguided") if "guidance" in model.free else f"g{spec.guidance:g}"
+    )
     return f"{shape_key(spec, model)} {spec.steps} {spec.sampler} {guidance}"
 
 

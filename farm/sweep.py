@@ -76,6 +76,8 @@ def clear_orphans(db: Session) -> int:
 
     A file is written before its row commits, so a young one may be about to get its row.
     """
+    # the store may list for minutes between two statements; no row is locked meanwhile
+    db.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
     store, removed = open_store(settings().storage_url.get_secret_value()), 0
     old = datetime.now(UTC) - timedelta(seconds=settings().orphan_grace_s)
     batch: list[str] = []

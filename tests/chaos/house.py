@@ -103,7 +103,7 @@ class House:
     broker: str
     images: Path
     plan: Plan
-    max_attempts: int = 5  # killed alone so often and innocent: hardly ever
+    max_attempts: int
     submitted: set[UUID] = field(default_factory=set)
     callers: list[Caller] = field(default_factory=list)
     _since: dict[int, float] = field(default_factory=dict)  # pid → monotonic time it was first seen frozen

@@ -96,21 +96,21 @@ class Scene:
 
 def draw(scene: Scene, width: int = 64, height: int = 64) -> Picture:
     """Draw a scene, edges smoothed. Returns RGB, shape (height, width, 3)."""
-    picture = _background(scene, width, height).astype(np.float32)
+    picture = _background(scene, width, height)
     for thing in scene.things:
         cover = _cover(thing, width, height)[..., None]
-        picture = picture * (1 - cover) + np.float32(COLOURS[thing.colour]) * cover
+        picture = picture * (1 - cover) + _rgb(thing.colour) * cover
     return np.rint(picture).astype(np.uint8)
 
 
 def _background(scene: Scene, width: int, height: int) -> NDArray[np.float32]:
-    first = np.float32(COLOURS[scene.background])
+    first = _rgb(scene.background)
     share = np.zeros((height, width, 1), np.float32)
     if scene.style == "striped":
         share += (np.arange(width) * 2 * STRIPES // width % 2)[None, :, None]
     if scene.style == "fading":
         share += np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
-    second = np.float32(COLOURS[scene.second_background or scene.background])
+    second = _rgb(scene.second_background or scene.background)
     mixed: NDArray[np.float32] = first * (1 - share) + second * share
     return mixed
 
@@ -125,7 +125,11 @@ def _cover(thing: Thing, width: int, height: int) -> NDArray[np.float32]:
             for x, y in outline
         ]
         pen.polygon(corners, fill=fill)
-    return np.asarray(canvas.reduce(SMOOTH), np.float32) / 255
+    return np.asarray(canvas.reduce(SMOOTH), np.float32) / np.float32(255)
+
+
+def _rgb(colour: str) -> NDArray[np.float32]:
+    return np.asarray(COLOURS[colour], np.float32)
 
 
 def edge(radius: float, stretch: float = 1.0) -> float:

@@ -18,6 +18,7 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from workers.starter import clip_path, path
 from workers.starter.train_clip import train_clip
+from workers.starter.train_text import train_text
 from workers.starter.train_unet import new_sampler, train_unet
 from workers.starter.train_vae import train_vae
 from workers.starter.words import new_tokenizer
@@ -44,16 +45,19 @@ def _work(rank: int, ranks: int, runs: Path, meeting: Path) -> None:
     tokenizer = new_tokenizer()
     vae = train_vae(runs)
     clip = train_clip(runs, tokenizer)
-    denoiser = train_unet(runs, tokenizer, vae)
+    text = train_text(runs, tokenizer)
+    unet = train_unet(runs, tokenizer, vae, text)
     if rank == 0:
         write_clip(clip, tokenizer, clip_path())
-        write_model(denoiser, vae, tokenizer, path())
+        write_model(unet, text, vae, tokenizer, path())
     dist.destroy_process_group()
 
 
-def write_model(denoiser: nn.ModuleDict, vae: nn.Module, tokenizer: CLIPTokenizer, folder: Path) -> None:
+def write_model(
+    unet: nn.Module, text: nn.Module, vae: nn.Module, tokenizer: CLIPTokenizer, folder: Path
+) -> None:
     """Write the pipeline's folder: halves for the denoiser, which is most of it, and floats for the rest."""
-    parts = {"unet": denoiser["unet"].half(), "text_encoder": denoiser["text"].half(), "vae": vae}
+    parts = {"unet": unet.half(), "text_encoder": text.half(), "vae": vae}
     pipe = StableDiffusionPipeline(
         **parts,
         tokenizer=tokenizer,

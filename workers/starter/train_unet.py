@@ -1,4 +1,4 @@
-"""Step 3: the denoiser with its text encoder, on latents that are encoded once."""
+"""Step 4: the denoiser, on latents and captions of the steps before."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from workers.starter.pictures import Scene, caption, draw, imagine
-from workers.starter.train_clip import text_config
-from workers.starter.train_hints import Hints, facts_of
 from workers.starter.train_vae import encode, to_tensor
 from workers.starter.training import Course, first_rank_first, fit, ranks
 
-HINT_SHARE = 0.1
-STEPS = 7200
+STEPS = 8000
 BATCH = 32  # of 64x64; fewer of larger pictures, so that each step costs about the same
 OBJECT_WEIGHT = 3.0
 PLAIN_SHARE = 0.6  # of the rows are picked among single things on plain backgrounds, the rest among all
@@ -43,7 +40,9 @@ class Shelf:
     scenes: list[Scene]
 
     def rows(self, count: int) -> list[int]:
-        plain = [r for r, scene in enumerate(self.scenes) if len(scene.things) == 1 and scene.style == "plain"]
+        plain = [
+            r for r, scene in enumerate(self.scenes) if len(scene.things) == 1 and scene.style == "plain"
+        ]
         lots = torch.rand(count, 2).tolist()
         return [
             plain[int(lot * len(plain))] if first < PLAIN_SHARE else int(lot * len(self.scenes))
@@ -79,40 +78,43 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
-def new_denoiser(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
-    """Start from nothing: the CLIP's text tower has unlearned the words for places, which it hardly needs."""
-    torch.manual_seed(3)
-    text = CLIPTextModel(text_config(tokenizer))
-    with torch.no_grad():
-        text.embeddings.position_embedding.weight.mul_(0.25)  # a word is the same word wherever it stands
-    return nn.ModuleDict({"unet": new_unet(), "text": text, "hints": Hints()})
-
-
-def train_unet(folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL) -> nn.ModuleDict:
-    """Train the denoiser and its text encoder."""
-    denoiser = new_denoiser(tokenizer)
+def train_unet(
+    folder: Path, tokenizer: CLIPTokenizer, vae: AutoencoderKL, text: CLIPTextModel
+) -> UNet2DConditionModel:
+    """Train the denoiser; the text encoder stays as it is."""
+    torch.manual_seed(4)
+    unet, compass = new_unet(), nn.Linear(128, 2)
     with first_rank_first():
         shelves = _shelves(folder / "latents.pt", vae)
     alphas = new_sampler().alphas_cumprod
     middle: list[torch.Tensor] = [torch.empty(0)]
-    denoiser["unet"].mid_block.register_forward_hook(lambda _m, _i, out: middle.__setitem__(0, out))
+    hook = unet.mid_block.register_forward_hook(lambda _block, _given, out: middle.__setitem__(0, out))
 
     def loss(turn: int) -> torch.Tensor:
-        latents, captions, facts = _pick(shelves, turn)
+        latents, captions = _pick(shelves, turn)
         words = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         times = _times(len(latents), len(alphas))
         noise = torch.randn_like(latents)
         signal, disorder = (a.sqrt()[times, None, None, None] for a in (alphas, 1 - alphas))
+        with torch.no_grad():
+            hidden = text(words).last_hidden_state
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = denoiser["text"](words).last_hidden_state
-            seen = denoiser["unet"](signal * latents + disorder * noise, times, hidden).sample
+            seen = unet(signal * latents + disorder * noise, times, hidden).sample
         error = (seen.float() - (signal * noise - disorder * latents)).square()
-        hints = denoiser["hints"].scene_loss(hidden, words == tokenizer.eos_token_id, facts)
-        hints = hints + denoiser["hints"].position_loss(middle[0])
-        return (error * _weight(latents)).mean() + HINT_SHARE * hints
+        return (error * _weight(latents)).mean() + 0.1 * _lost(compass(middle[0].float().movedim(1, -1)))
 
-    fit(denoiser, loss, Course("unet", STEPS, 1.8e-3, folder))
-    return denoiser
+    fit(nn.ModuleDict({"unet": unet, "compass": compass}), loss, Course("unet", STEPS, 1.8e-3, folder))
+    hook.remove()
+    return unet
+
+
+def _lost(position: torch.Tensor) -> torch.Tensor:
+    """Compare what the middle block tells of each position, shape (rows, height, width, 2), with the truth.
+
+    A denoiser that knows its left from its right learns the words for places sooner.
+    """
+    down, across = (torch.linspace(-1, 1, side) for side in position.shape[1:3])
+    return (position - torch.stack(torch.meshgrid(down, across, indexing="ij"), -1)).square().mean()
 
 
 def _times(count: int, last: int) -> torch.Tensor:
@@ -128,16 +130,14 @@ def _weight(latents: torch.Tensor) -> torch.Tensor:
     return weight / weight.mean()
 
 
-def _pick(shelves: list[Shelf], turn: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+def _pick(shelves: list[Shelf], turn: int) -> tuple[torch.Tensor, list[str]]:
     shares = torch.tensor([share for _, share in SHARES.values()])
     shelf = shelves[int(torch.multinomial(shares, 1))]
     count = round(BATCH / ranks() * 256 / shelf.latents[0, 0].numel())
     rows = shelf.rows(count)
     captions = [caption(shelf.scenes[row], turn * BATCH + place) for place, row in enumerate(rows)]
-    kept = torch.rand(count) >= WITHOUT_CAPTION
-    captions = [words if keep else "" for words, keep in zip(captions, kept.tolist(), strict=True)]
-    facts = torch.tensor([facts_of(shelf.scenes[row]) for row in rows])
-    return shelf.latents[rows], captions, facts.masked_fill(~kept[:, None], -100)
+    kept = (torch.rand(count) >= WITHOUT_CAPTION).tolist()
+    return shelf.latents[rows], [words if keep else "" for words, keep in zip(captions, kept, strict=True)]
 
 
 def _shelves(file: Path, vae: AutoencoderKL) -> list[Shelf]:
