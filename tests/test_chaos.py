@@ -15,24 +15,20 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from redis import Redis as RedisClient
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError
 
-from farm import db, jobs, queue
+from farm import db, queue
 from farm.db import transaction
 from farm.embedded.postgres import Postgres
 from farm.embedded.redis import Redis
-from farm.errors import Conflict
 from migrations import upgrade
 from tests.chaos.engine import BAD, POISON
 from tests.chaos.faults import POINTS, STORE_FAULTS, Chance, Plan
-from tests.chaos.house import Crew, Fault, House, take_guards
-from tests.chaos.tally import Tally
+from tests.chaos.house import Crew, Fault, House, Verbs, take_guards
 from tests.chaos.variants import BETWEEN, GUARDS
 from tests.factories import account, ask, must_claim, settle, statuses, submit, until_blocked
 
@@ -41,7 +37,7 @@ LONG = FRAMES >= 2000
 HITS = 20 if LONG else 1
 JOB = 25 if FRAMES <= 500 else 250
 WORKERS, NODES = 4, 1
-DEADLINE_S = 120 + FRAMES * 0.3
+DEADLINE_S = 120 + FRAMES * 0.8  # most of it needed only where others take the CPU
 
 # with FRAMES set this is a run of `make chaos`, which takes what is marked slow
 pytestmark = [
@@ -191,7 +187,7 @@ def torment(house: House, servers: tuple[Postgres, Redis], crew: Crew) -> None:
         Fault("Postgres stopped immediate", 10 * slower, crash_postgres),
         Fault("sweep killed", 4 * slower, lambda: crew.kill(f"{house.name}-sweep")),
         Fault("a verb on a job", 0.5 * slower, verbs.say),
-        Fault("tried to kill at random", 1, lambda: house.kill_a_busy_worker(crew)),
+        Fault("tried to kill at random", 1 * slower, lambda: house.kill_a_busy_worker(crew)),
     ]
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline:
@@ -201,40 +197,14 @@ def torment(house: House, servers: tuple[Postgres, Redis], crew: Crew) -> None:
         if missing or LONG:
             for fault in faults:
                 fault.befall(house.tally)
+        else:
+            verbs.relent()
         if missing and house.open_frames() < 20:
             house.submit(random.choice(house.callers), 16, seed=random.randrange(1 << 40))
         elif not missing and house.at_rest():
             return
     left = house.ask("SELECT status, count(*) FROM frames WHERE ended_at IS NULL GROUP BY status")
     pytest.fail(f"after {DEADLINE_S:.0f} s frames are {left}, and there was too little of {missing}")
-
-
-class Verbs:
-    """Somebody who pauses, resumes, reprioritises and cancels jobs while all this happens."""
-
-    def __init__(self, house: House) -> None:
-        self._house = house
-        self._paused = None
-
-    def say(self) -> None:
-        """Resume what was paused before; then pause, reprioritise or, seldom, cancel another job."""
-        running = [(r.account_id, r.id) for r in self._house.ask("SELECT * FROM jobs WHERE ended_at IS NULL")]
-        with suppress(Conflict, OperationalError), transaction() as session:
-            session.execute(text("SET LOCAL lock_timeout = '1s'"))  # who froze may have the lock
-            if self._paused:
-                paused, self._paused = self._paused, None
-                jobs.resume(session, *paused)
-                return
-            if not running:
-                return
-            job = random.choice(running)
-            if random.random() < 0.03:
-                jobs.cancel(session, *job)
-            elif random.random() < 0.5:
-                jobs.pause(session, *job)
-                self._paused = job
-            else:
-                jobs.reprioritise(session, *job, random.choice((1, 5, 9)))
 
 
 def report(house: House, crew: Crew, took_s: float) -> str:
@@ -343,13 +313,3 @@ def test_extending_locks_packs_in_the_order_in_which_settling_does(books):
             settle(packs[1], db=session)  # a deadlock, if the extension had locked this one first
 
         assert late.result().packs == {}
-
-
-def test_a_tally_counts_what_was_killed(tmp_path):
-    tally = Tally(tmp_path / "tally")
-
-    tally.add("claimed")
-    tally.add("claimed", 2)
-
-    assert tally.count("claimed") == 3
-    assert tally.count("never") == 0

@@ -16,11 +16,14 @@ from uuid import UUID
 import psutil
 import psycopg
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
 from farm import accounts, db, ids, jobs, pricing
 from farm.accounts import Caller, Role
 from farm.catalog import catalog
 from farm.db import transaction
+from farm.errors import Conflict
 from farm.settings import settings
 from tests.chaos import checks
 from tests.chaos.faults import Plan
@@ -210,6 +213,49 @@ class House:
 
     def _busy(self) -> set[str]:
         return {row.worker for row in self.ask(BUSY)}
+
+
+class Verbs:
+    """Somebody who pauses, resumes, reprioritises and cancels jobs while all this happens."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self._paused: tuple[UUID, UUID] | None = None
+
+    def say(self) -> None:
+        """Resume what was paused before; else pause, reprioritise or, seldom, cancel a job."""
+        if self._paused:
+            self.relent()
+            return
+        running = [(r.account_id, r.id) for r in self._house.ask("SELECT * FROM jobs WHERE ended_at IS NULL")]
+        if not running:
+            return
+        job = random.choice(running)
+        with self._patiently() as session:
+            if random.random() < 0.03:
+                jobs.cancel(session, *job)
+            elif random.random() < 0.5:
+                jobs.pause(session, *job)
+                self._paused = job
+            else:
+                jobs.reprioritise(session, *job, random.choice((1, 5, 9)))
+
+    def relent(self) -> None:
+        """Resume what was paused, if anything."""
+        if self._paused:
+            with self._patiently() as session:
+                jobs.resume(session, *self._paused)
+            self._paused = self._paused if self._is_paused() else None
+
+    def _is_paused(self) -> bool:
+        return (self._paused[1],) in self._house.ask("SELECT id FROM jobs WHERE status = 'paused'")
+
+    @contextmanager
+    def _patiently(self) -> Iterator[Session]:
+        """A transaction that gives up when the job has ended, or when who froze has its lock."""
+        with suppress(Conflict, OperationalError), transaction() as session:
+            session.execute(text("SET LOCAL lock_timeout = '1s'"))
+            yield session
 
 
 @dataclass

@@ -119,8 +119,8 @@ def _lost(position: torch.Tensor) -> torch.Tensor:
 
 def _times(count: int, last: int) -> torch.Tensor:
     """Draw times, late ones oftener: words decide only while the noise hides the picture."""
-    late = torch.rand(count) < 0.75
-    return ((torch.rand(count) * torch.where(late, 0.4, 1.0) + torch.where(late, 0.6, 0.0)) * last).long()
+    earliest = torch.where(torch.rand(count) < 0.6, 0.45, 0.0)
+    return ((earliest + torch.rand(count) * (1 - earliest)) * last).long().clamp(max=last - 1)
 
 
 def _weight(latents: torch.Tensor) -> torch.Tensor:
