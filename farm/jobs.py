@@ -184,6 +184,7 @@ def _earlier(db: Session, caller: Caller, key: str, body_sha256: bytes) -> UUID 
             text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"),
             {"key": f"{caller.account_id}/{key}"},
         )
+        db.execute(text("SET LOCAL lock_timeout = 0"))
     except OperationalError as e:
         if isinstance(e.orig, psycopg.errors.LockNotAvailable):
             raise Conflict("a request with this Idempotency-Key is being worked on", key=key) from e

@@ -85,15 +85,18 @@ def clear_orphans(db: Session) -> int:
         if stored.modified < old:
             batch.append(stored.key)
         if len(batch) == 1000:
-            removed += _remove_orphans(db, batch)
+            removed += _remove_orphans(db, batch, old=old)
             batch = []
-    return removed + _remove_orphans(db, batch)
+    return removed + _remove_orphans(db, batch, old=old)
 
 
-def _remove_orphans(db: Session, keys: list[str]) -> int:
+def _remove_orphans(db: Session, keys: list[str], *, old: datetime) -> int:
     orphans = db.scalars(sql("orphans"), {"keys": keys}).all()
     store = open_store(settings().storage_url.get_secret_value())
     for key in orphans:
+        # stored again since it was listed, it may be about to get its row
+        if any(stored.modified >= old for stored in store.list(key)):
+            continue
         log.info("removing %s, which no image points to", key)
         store.delete(key)
     return len(orphans)

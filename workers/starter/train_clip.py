@@ -1,4 +1,4 @@
-"""Step 2: a small CLIP that scores an image against its prompt; the denoiser starts from its text tower."""
+"""Step 2: a small CLIP that scores an image against its prompt."""
 
 from __future__ import annotations
 
