@@ -62,7 +62,7 @@ class Size:
     bare: int
 
 
-QUICK = {"starter": Size(1, 24, 8, 4), RANDOM: Size(1, 96, 24, 8)}
+QUICK = {"starter": Size(2, 16, 4, 4), RANDOM: Size(2, 64, 10, 10)}
 FULL = {"starter": Size(3, 200, 200, 40), RANDOM: Size(3, 200, 200, 40)}
 
 

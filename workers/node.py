@@ -88,9 +88,8 @@ class Node:
         from workers import gpu
         from workers.run import Worker
 
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, {DRAIN, GIVE_BACK}
-        )  # before there are threads: _hear() waits for them
+        # before there are threads: _hear() waits for them
+        signal.pthread_sigmask(signal.SIG_BLOCK, {DRAIN, GIVE_BACK})
         gpu.limit_threads()
         self._worker = Worker(self.name, pool=self.pool, models=self._models, device=gpu.device())
         threading.Thread(target=self._hear, name="signals", daemon=True).start()
