@@ -43,7 +43,7 @@ class Measured:
 
 def main() -> int:
     options = harness.options(__doc__)
-    rounds, frames = (2, 24) if options.quick else (4, 160)
+    rounds, frames = (2, 24) if options.quick else (5, 80)
     measured = Measured()
     with (
         harness.services() as folder,

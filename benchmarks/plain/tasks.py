@@ -30,7 +30,6 @@ app = Celery("plain", broker=BROKER)
 app.conf.update(
     task_ignore_result=True,
     task_default_queue="plain",
-    worker_prefetch_multiplier=1,
     worker_proc_alive_timeout=300,  # the child loads torch and the checkpoint
     worker_hijack_root_logger=False,
     broker_connection_retry_on_startup=True,

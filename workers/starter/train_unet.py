@@ -55,7 +55,7 @@ def new_sampler() -> DPMSolverMultistepScheduler:
 
     Only settings that every sampler knows, so `from_config` carries them over to any other.
     """
-    return DPMSolverMultistepScheduler(
+    sampler = DPMSolverMultistepScheduler(
         beta_start=0.00085,
         beta_end=0.022,
         beta_schedule="scaled_linear",
@@ -63,6 +63,8 @@ def new_sampler() -> DPMSolverMultistepScheduler:
         timestep_spacing="trailing",
         steps_offset=1,
     )
+    sampler.register_to_config(clip_sample=False)  # DDIM's and DDPM's: latents go beyond 1
+    return sampler
 
 
 def new_unet() -> UNet2DConditionModel:
