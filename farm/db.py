@@ -18,7 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from farm.errors import DatabaseAway, Misconfigured
 from farm.settings import settings
 
-IDLE_S = 5.0
+IDLE_S = 1.0
 OPTIONS = (
     "timezone=UTC",
     "plan_cache_mode=force_generic_plan",  # planning claim.sql takes longer than running it
