@@ -20,6 +20,7 @@ worker does too late is left out, without an error. Everybody locks in the same 
 job_keys, job_lanes, lanes.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -207,24 +208,16 @@ def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, i
     """
     if not stored:
         return Settled(frozenset(), frozenset(), frozenset())
-    held = _hold(db, {s.pack_id for s in stored})
-    cancelled_jobs = _lock_jobs(db, {s.job_id for s in stored})
-    frames = [s.frame_id for s in stored]
+    locked = db.execute(
+        sql("hold"), {"packs": list({s.pack_id for s in stored}), "jobs": list({s.job_id for s in stored})}
+    ).all()
     rows = db.execute(
         sql("settle"),
         {
-            "frames": frames,
-            "packs": [s.pack_id for s in stored],
-            "held": held,
-            "cancelled_jobs": cancelled_jobs,
-            "keys": [s.key for s in stored],
-            "formats": [s.format for s in stored],
-            "sha256s": [s.sha256 for s in stored],
-            "pixel_sha256s": [s.pixel_sha256 for s in stored],
-            "sizes": [s.bytes for s in stored],
-            "widths": [s.width for s in stored],
-            "heights": [s.height for s in stored],
-            "gpu_ms": [(gpu_ms or {}).get(s.pack_id) for s in stored],
+            "stored": json.dumps([_as_json(s, gpu_ms or {}) for s in stored]),
+            "frames": [s.frame_id for s in stored],
+            "held": [r.pack_id for r in locked if r.pack_id],
+            "cancelled_jobs": [r.job_id for r in locked if r.status == "cancelled"],
         },
     ).all()
     return Settled(
@@ -232,6 +225,21 @@ def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, i
         frozenset(r.id for r in rows if r.cancelled),
         frozenset(r.job_id for r in rows if r.over),
     )
+
+
+def _as_json(stored: StoredFrame, gpu_ms: Mapping[int, int]) -> dict[str, Any]:
+    return {
+        "frame_id": str(stored.frame_id),
+        "pack_id": stored.pack_id,
+        "key": stored.key,
+        "format": stored.format,
+        "sha256": stored.sha256.hex(),
+        "pixel_sha256": stored.pixel_sha256.hex(),
+        "bytes": stored.bytes,
+        "width": stored.width,
+        "height": stored.height,
+        "gpu_ms": gpu_ms.get(stored.pack_id),
+    }
 
 
 def finish(db: Session, jobs: Sequence[UUID]) -> None:

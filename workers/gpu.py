@@ -3,6 +3,7 @@
 One process has one device: CUDA_VISIBLE_DEVICES is set before torch is imported.
 """
 
+import ctypes
 import gc
 import os
 import platform
@@ -48,6 +49,20 @@ def limit_threads() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory of freed tensors: on a CPU the next step needs it again.
+
+    glibc gives blocks from 128 KiB on back to the kernel at once, whose fresh pages then cost 6 to 12 % of a pack of
+    8 (starter, 1 thread of an EPYC, 2026). Another C library is left as it is.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_threshold, 32 << 20)  # the largest that every version takes
+        mallopt(trim_threshold, 512 << 20)
+        mallopt(top_pad, 16 << 20)
 
 
 def release() -> None:

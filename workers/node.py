@@ -91,6 +91,8 @@ class Node:
         # before there are threads: _hear() waits for them
         signal.pthread_sigmask(signal.SIG_BLOCK, {DRAIN, GIVE_BACK})
         gpu.limit_threads()
+        if gpu.device() == "cpu":
+            gpu.keep_memory()
         self._worker = Worker(self.name, pool=self.pool, models=self._models, device=gpu.device())
         threading.Thread(target=self._hear, name="signals", daemon=True).start()
         self._register(gpu.describe().name)

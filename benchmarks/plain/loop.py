@@ -21,6 +21,7 @@ from sqlalchemy import text
 from benchmarks.harness import ONE_THREAD, REPOSITORY
 from farm.catalog import catalog
 from farm.db import transaction
+from workers import gpu
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,14 @@ class Bare:
 
 
 @contextmanager
-def bare(model: str, *, log: Path) -> Iterator[Bare]:
-    """Run the process; it has the checkpoint loaded when this yields."""
+def bare(model: str, *, log: Path, keep_memory: bool = False) -> Iterator[Bare]:
+    """Run the process; it has the checkpoint loaded when this yields.
+
+    keep_memory: with the one setting of the C library that the farm's worker makes.
+    """
     with log.open("ab") as output:
         child = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.plain.loop", model],
+            [sys.executable, "-m", "benchmarks.plain.loop", model, *(["keep memory"] if keep_memory else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,
@@ -137,6 +141,8 @@ def render(pipeline: Any, sampler_config: Any, call: Call) -> list[Any]:
 
 
 def main() -> None:
+    if sys.argv[2:]:
+        gpu.keep_memory()
     pipeline = load(sys.argv[1])
     sampler_config = pipeline.scheduler.config
     for line in sys.stdin:

@@ -7,11 +7,11 @@
 -- to reason about, and a segmentation fault of Postgres 18.4 on a partitioned table). Frames of :cancelled_jobs end
 -- as cancelled, unbilled.
 WITH stored AS MATERIALIZED (
-    SELECT *
-    FROM unnest(CAST(:frames AS uuid[]), CAST(:packs AS bigint[]), CAST(:keys AS text[]), CAST(:formats AS text[]),
-                CAST(:sha256s AS bytea[]), CAST(:pixel_sha256s AS bytea[]), CAST(:sizes AS integer[]),
-                CAST(:widths AS integer[]), CAST(:heights AS integer[]), CAST(:gpu_ms AS integer[]))
-         AS s (frame_id, pack_id, key, format, sha256, pixel_sha256, bytes, width, height, gpu_ms)
+    SELECT frame_id, pack_id, key, format, decode(sha256, 'hex') AS sha256, decode(pixel_sha256, 'hex') AS pixel_sha256,
+           bytes, width, height, gpu_ms
+    FROM json_to_recordset(CAST(:stored AS json))
+         AS s (frame_id uuid, pack_id bigint, key text, format text, sha256 text, pixel_sha256 text, bytes integer,
+               width integer, height integer, gpu_ms integer)
 ), mine AS MATERIALIZED (
     SELECT f.id, f.job_id, f.index, f.key_no, f.account_id, f.quantity, f.price_id, f.pack_id, s.key,
            f.job_id = ANY (CAST(:cancelled_jobs AS uuid[])) AS cancelled

@@ -15,7 +15,7 @@ from workers.starter.pictures import Scene, caption, draw, imagine
 from workers.starter.train_vae import encode, to_tensor
 from workers.starter.training import Course, first_rank_first, fit, ranks
 
-STEPS = 8000
+STEPS = 6500
 BATCH = 32  # of 64x64; fewer of larger pictures, so that each step costs about the same
 OBJECT_WEIGHT = 3.0
 PLAIN_SHARE = 0.6  # of the rows are picked among single things on plain backgrounds, the rest among all
