@@ -146,6 +146,25 @@ def test_a_node_ends_also_while_postgres_is_away(database, postgres: Postgres, t
     assert audit() == []
 
 
+def test_a_child_that_replaces_another_leaves_an_admins_draining_alone(database, tmp_path):
+    started = "SELECT extract(epoch FROM started_at) FROM workers"
+    with node(tmp_path, step_s=0.03) as process:
+        before = ask(started)
+        with transaction() as session:
+            session.execute(text("UPDATE workers SET state = 'draining'"))
+
+        os.kill(youngest_child(process.pid), signal.SIGKILL)
+
+        await_that(lambda: ask(started) > before)
+        assert ask("SELECT count(*) FROM workers WHERE state = 'draining'") == 1
+
+
+def youngest_child(pid: int) -> int:
+    """The process that holds the device: the last in a row of only children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return youngest_child(int(children[-1])) if children else pid
+
+
 def reclaimed() -> bool:
     """What could not be given back returns when its lease has run out."""
     with transaction() as session:

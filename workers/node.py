@@ -27,10 +27,12 @@ BEAT_S = 10.0
 DRAIN = signal.SIGUSR2
 GIVE_BACK = signal.SIGVTALRM
 
+# a node that starts anew is up; a child that replaces another does not undo an admin's draining
 REGISTER = """
-INSERT INTO workers (id, pool, models, device, state) VALUES (:id, :pool, :models, :device, 'up')
+INSERT INTO workers AS w (id, pool, models, device, state) VALUES (:id, :pool, :models, :device, 'up')
 ON CONFLICT (id) DO UPDATE
-SET pool = excluded.pool, models = excluded.models, device = excluded.device, state = 'up',
+SET pool = excluded.pool, models = excluded.models, device = excluded.device,
+    state = CASE WHEN :replaces AND w.state = 'draining' THEN w.state ELSE 'up' END,
     started_at = now(), seen_at = clock_timestamp()
 """
 # what an admin set to draining stays so; the row is made here if the child could not
@@ -54,6 +56,7 @@ class Node:
         self._celery: Any = None
         self._stopping = threading.Event()
         self._terms = 0
+        self._replaces = False  # whether a child that is forked now replaces another
 
     def run(self) -> int:
         """Work until told to stop; returns Celery's exit code."""
@@ -121,13 +124,14 @@ class Node:
     def _register(self, device: str) -> None:
         try:
             with transaction() as db:
-                db.execute(text(REGISTER), {**self._row, "device": device})
+                db.execute(text(REGISTER), {**self._row, "device": device, "replaces": self._replaces})
         except FarmError as e:
             log.warning("not registered yet: %s", e)
 
     # ------------------------------------------------------------------------------------------ the parent
 
     def _keep_beating(self, **_: object) -> None:
+        self._replaces = True
         signal.signal(signal.SIGTERM, self._on_term(signal.getsignal(signal.SIGTERM)))
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
