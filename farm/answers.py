@@ -72,6 +72,22 @@ class ImageFile(Answer):
     content_type: str
 
 
+class ImageUrl(Answer):
+    """A link to an image that works without a key."""
+
+    url: str
+    expires_at: datetime
+
+
+class DeletedImages(Answer):
+    """A job whose images are shown no more."""
+
+    job: str
+    images_deleted_at: datetime
+    looked_at: int = Field(description="frames whose files were seen to since then; all of them in the end")
+    frames: int
+
+
 class Frame(Answer):
     """One image of a job, one seed."""
 
@@ -84,9 +100,49 @@ class Frame(Answer):
     seed: int
     spec: dict[str, Any]
     cost: str | None = Field(description="what it was charged; null while it is not done")
+    reused: bool = Field(False, description="its image was made for an equal frame; charged as such")
     image: ImageFile | None
     reason: str | None = Field(description="why it failed")
     ended_at: datetime | None
+
+
+class VersionChange(Answer):
+    """What rendered it differs from what did before."""
+
+    name: str = Field(description="farm, diffusers, torch, revision or dtype")
+    before: str | None
+    now: str | None
+
+
+class Rerender(Answer):
+    """A frame that was rendered again, against the one it repeats."""
+
+    of: str = Field(description="the frame it repeats")
+    same_pixels: bool
+    same_file: bool = Field(description="byte for byte; other versions alone make another file")
+    versions: list[VersionChange] = Field(description="what rendered it, where it differs")
+
+
+class Provenance(Answer):
+    """What made a frame's image: with the same farm, it makes it again."""
+
+    frame: str
+    job: str
+    index: int
+    status: str
+    model: str
+    revision: str | None = Field(description="of the model; null while there is no image")
+    dtype: str | None
+    loras: list[str] = Field(description="hashes of what was loaded beside the model")
+    spec: dict[str, Any]
+    seed: int
+    seed_given: bool = Field(description="false: drawn at random; no other frame reuses this image")
+    fingerprint: str = Field(description="SHA-256 of everything that decides the pixels")
+    reused: bool = Field(description="the image was made for an equal frame before")
+    versions: dict[str, str] = Field(examples=[{"farm": "0.1.0", "diffusers": "0.42.1", "torch": "2.13.0"}])
+    sha256: str | None = Field(description="of the file")
+    pixel_sha256: str | None = Field(description="of its pixels, whatever the file")
+    rerender: Rerender | None = Field(description="of a rerender that is done: whether it is the same")
 
 
 class Frames(Answer):
@@ -99,7 +155,7 @@ class Event(Answer):
 
     number: int
     kind: str = Field(examples=["frame.done"])
-    job: str
+    job: str | None = Field(description="null: it is not a job's, as a budget's")
     frame: str | None
     data: dict[str, Any]
     at: datetime
@@ -194,6 +250,8 @@ class Account(Answer):
     currency: str
     weight: int
     created_at: datetime
+    retention_days: int | None = Field(None, description="images go so long after a job's end; null: never")
+    prompt_in_images: bool = Field(False, description="whether image files carry their prompt")
 
 
 class Accounts(Answer):
@@ -257,3 +315,208 @@ class Violation(Answer):
 
 class Audit(Answer):
     violations: list[Violation]
+
+
+class ImagesAudit(Answer):
+    """What was found of stored images; a page of them, or a sample."""
+
+    checked: int
+    violations: list[Violation]
+    next: int | None = Field(description="send it as ?after= for the next page; null: there is none")
+
+
+class Reversal(Answer):
+    """A charge that was taken back."""
+
+    frame: str
+    amount: str = Field(description="what it had been")
+    currency: str
+    reason: str
+    at: datetime
+
+
+class UsageEntry(Answer):
+    """A row of usage, as it is exported: a charge, or the reversal of one. It never changes."""
+
+    cursor: str = Field(description="send it as ?cursor= for what came after this row")
+    frame: str
+    kind: str = Field(description="charge or reversal; a reversal's amount is negative")
+    job: str
+    model: str
+    method: str
+    currency: str
+    rate: str
+    quantity: int = Field(description="less than 0 in a reversal")
+    amount: str
+    at: datetime
+
+
+class HourlyLine(Answer):
+    """What was used in one hour of one model at one rate."""
+
+    id: str = Field(
+        description="the same for the same hour, model, method, currency and rate: an idempotency key"
+    )
+    hour: datetime
+    model: str
+    method: str
+    currency: str
+    rate: str
+    frames: int
+    reversed: int = Field(description="charges taken back in that hour")
+    quantity: int = Field(description="less what was reversed; may be below 0")
+    amount: str
+    final: bool = Field(description="whether nothing can be added to it any more")
+
+
+class Hourly(Answer):
+    since: datetime
+    until: datetime
+    lines: list[HourlyLine]
+
+
+class StatementLine(Answer):
+    """What was used of one model by one method at one rate."""
+
+    model: str
+    method: str = Field(description="mpx_step: quantity is pixels times steps, rate per 2**20; else images")
+    rate: str
+    frames: int = Field(description="images charged")
+    reversed: int = Field(description="charges taken back")
+    late: int = Field(description="of both, those from months that had been closed")
+    quantity: int = Field(description="less what was reversed")
+    exact: str = Field(description="quantity at this rate, to the last digit")
+    amount: str = Field(description="rounded to the currency's minor unit, so that lines add up to the total")
+
+
+class Statement(Answer):
+    """What an account owes for a month."""
+
+    account: str
+    month: str = Field(examples=["2026-11"])
+    status: str = Field(description="open: a draft; closing: as good as; closed: for good")
+    currency: str
+    lines: list[StatementLine]
+    exact: str = Field(description="the sum before it was rounded")
+    total: str
+    closed_at: datetime | None
+
+
+class StatementSummary(Answer):
+    account: str
+    month: str
+    currency: str
+    total: str
+    closed_at: datetime | None
+
+
+class Statements(Answer):
+    statements: list[StatementSummary]
+
+
+class DatedPrice(Answer):
+    """What one unit costs from a moment on, until the next price starts."""
+
+    model: str
+    method: str = Field(
+        description="mpx_step: a megapixel (2**20 pixels) for one step; image; reuse: of a known image"
+    )
+    currency: str
+    rate: str
+    account: str | None = Field(description="whose price it is; null: everybody's without one of their own")
+    version: int = Field(description="counts up from the first price of this model")
+    starts_at: datetime
+    ends_at: datetime | None = Field(description="null: no other is planned")
+    source: str = Field(description="catalog, or admin")
+    set_at: datetime
+
+
+class Prices(Answer):
+    prices: list[DatedPrice]
+
+
+class QuoteLine(Answer):
+    """What a job asks of one model, and what that costs at most."""
+
+    model: str
+    method: str
+    rate: str
+    frames: int
+    quantity: int = Field(description="pixels times steps, or images")
+    amount: str
+
+
+class Quote(Answer):
+    """What a job costs at most: to be submitted against, once, until it expires."""
+
+    id: str = Field(examples=["quo_0192f0c1a2b37c4d8e5f6a7b8c000000"])
+    frames: int
+    currency: str
+    amount: str
+    lines: list[QuoteLine]
+    expires_at: datetime
+    expected_start: datetime | None = Field(
+        description="if nothing more urgent comes; null: nothing was measured"
+    )
+    expected_end: datetime | None
+
+
+class Threshold(Answer):
+    """What happens once that much of a budget was charged."""
+
+    percent: int
+    action: str = Field(
+        description="notify; stop: admit nothing more; drain: and pause; cancel: and end the queued"
+    )
+    reached_at: datetime | None
+
+
+class Budget(Answer):
+    """What may be spent, and what of it is gone: spent and held together stay within the limit."""
+
+    key: str | None = Field(description="the API key it is of; null: of the whole account")
+    period: str = Field(description="month: a calendar month, UTC; total: all time")
+    month: str | None = Field(description="the present one", examples=["2026-11"])
+    currency: str
+    limit: str
+    spent: str
+    held: str = Field(description="what open frames may still cost")
+    left: str = Field(description="what may still be submitted")
+    stopped: bool = Field(description="a threshold was reached that lets nothing more in")
+    thresholds: list[Threshold]
+
+
+class Budgets(Answer):
+    account: str
+    budgets: list[Budget]
+
+
+class MarginShare(Answer):
+    """What one model, pool or account brought in, and the GPU time it took."""
+
+    name: str
+    frames: int
+    reversed: int
+    revenue: dict[str, str] = Field(description="amount by currency")
+    gpu_s: str = Field(description="seconds of GPU time of delivered frames, to the microsecond")
+    undelivered_s: str = Field(description="seconds of the same packs for other frames; the farm's own")
+    per_gpu_hour: dict[str, str] = Field(description="revenue for an hour of delivered GPU time, rounded")
+
+
+class PoolTime(Answer):
+    """How long a pool's workers were there, and what for: the three parts are all of it."""
+
+    name: str
+    up_s: str
+    delivered_s: str
+    undelivered_s: str
+    other_s: str = Field(description="cold starts, waiting for work, packs that failed or were lost")
+
+
+class Margin(Answer):
+    since: datetime
+    until: datetime
+    models: list[MarginShare]
+    pools: list[MarginShare]
+    accounts: list[MarginShare]
+    time: list[PoolTime]

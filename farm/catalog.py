@@ -22,10 +22,11 @@ SAMPLERS = (
 
 
 class Method(StrEnum):
-    """How a frame's quantity is counted: pixels × steps, or one an image."""
+    """How a frame's quantity is counted: pixels × steps, or one an image; a reused image has a price of its own."""
 
     MPX_STEP = "mpx_step"
     IMAGE = "image"
+    REUSE = "reuse"
 
 
 class _Entry(BaseModel):
@@ -38,10 +39,19 @@ def _exact(value: Any) -> Any:
     return value
 
 
+Exact = Annotated[Decimal, BeforeValidator(_exact), Field(ge=0)]
+
+
 class Price(_Entry):
-    method: Method
-    rate: Annotated[Decimal, BeforeValidator(_exact), Field(ge=0)]
+    """What a rendered frame costs, and a reused image."""
+
+    method: Literal[Method.MPX_STEP, Method.IMAGE]
+    rate: Exact
     currency: str = Field(pattern=r"^[A-Z]{3}$")
+    reuse: Exact = Decimal(0)
+
+    def rates(self) -> Mapping[Method, Decimal]:
+        return {self.method: self.rate, Method.REUSE: self.reuse}
 
 
 class Side(_Entry):

@@ -26,14 +26,27 @@ from farm import answers, errors
 from farm.answers import (
     Account,
     Answer,
+    Budgets,
     Caller,
+    DatedPrice,
+    DeletedImages,
     Event,
     Frame,
+    Hourly,
+    ImagesAudit,
+    ImageUrl,
     Job,
     Key,
+    Margin,
     Model,
     NewKey,
+    Provenance,
+    Quote,
+    Reversal,
+    Statement,
+    StatementSummary,
     Usage,
+    UsageEntry,
     Violation,
     Worker,
 )
@@ -45,6 +58,8 @@ A = TypeVar("A", bound=Answer)
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
 TRY_AGAIN = (429, 502, 503, 504)
+EXPORTED = 20_000  # rows of usage held at a time
+IMAGES = 200  # that the farm reads for one page of an audit
 
 
 class Farm:
@@ -89,22 +104,30 @@ class Farm:
         *,
         priority: int | str = "standard",
         name: str | None = None,
+        quote: str | None = None,
+        budget: str | None = None,
+        reuse: bool = True,
         idempotency_key: str | None = None,
     ) -> Job:
         """Send a job of one spec or many. It is durable when this returns.
 
+        quote: the id of one for just these specs. budget: the most the job may cost, as text.
+        reuse: frames whose seed is given may be answered with an image that was made of the same spec and seed.
         Under an idempotency key a job is accepted once; without one, each call makes another.
         Raises Invalid with a fault for each field that is not allowed.
         """
-        body: dict[str, Any] = {"priority": priority}
-        if isinstance(spec, (Mapping, BaseModel)):
-            body["spec"] = _plain(spec)
-        else:
-            body["specs"] = [_plain(s) for s in spec]
-        if name is not None:
-            body["name"] = name
+        body = _submission(spec, priority=priority, name=name, quote=quote, budget=budget)
+        if not reuse:
+            body["reuse"] = False
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return self._ask(Job, "POST", "/v1/jobs", json=body, headers=headers)
+
+    def quote(
+        self, spec: Spec | Sequence[Spec], *, priority: int | str = "standard", budget: str | None = None
+    ) -> Quote:
+        """What such a job costs at most; submitted with the quote's id it does, whatever prices are by then."""
+        body = _submission(spec, priority=priority, budget=budget)
+        return self._ask(Quote, "POST", "/v1/quotes", json=body)
 
     def job(self, job: str) -> Job:
         return self._ask(Job, "GET", _path("jobs", job))
@@ -176,6 +199,26 @@ class Farm:
         """
         return self._send("GET", _path("jobs", job, "frames", str(index), "image")).content
 
+    def provenance(self, frame: str) -> Provenance:
+        """What made a frame's image; of a rerender also whether it is the same."""
+        return self._ask(Provenance, "GET", _path("frames", frame, "provenance"))
+
+    def rerender(self, frame: str, *, idempotency_key: str | None = None) -> Job:
+        """Render a frame's spec and seed once more, as a job of one frame; see its frame's provenance then."""
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return self._ask(Job, "POST", _path("frames", frame, "rerender"), headers=headers)
+
+    def image_url(self, job: str, index: int = 0) -> ImageUrl:
+        """A link to a frame's image that works without a key until it expires."""
+        return self._ask(ImageUrl, "GET", _path("jobs", job, "frames", str(index), "image-url"))
+
+    def delete_images(self, job: str) -> DeletedImages:
+        """Delete the images of a job that has ended, for good.
+
+        Raises Conflict if it has not.
+        """
+        return self._ask(DeletedImages, "DELETE", _path("jobs", job, "images"))
+
     # -------------------------------------------------------------------------------------------- the farm
 
     def me(self) -> Caller:
@@ -191,7 +234,90 @@ class Farm:
         asked = {"since": since and since.isoformat(), "until": until and until.isoformat(), "job": job}
         return self._ask(Usage, "GET", "/v1/usage", params=asked)
 
+    def hourly_usage(
+        self, *, since: datetime | None = None, until: datetime | None = None, account: str | None = None
+    ) -> Hourly:
+        """What was used hour by hour in [since, until), of the last day if neither is given."""
+        times = {"since": since and since.isoformat(), "until": until and until.isoformat()}
+        asked = {**times, "account": account}
+        return self._ask(Hourly, "GET", "/v1/usage/hourly", params=asked)
+
+    def export_usage(self, *, cursor: str = "0", account: str | None = None) -> Iterator[UsageEntry]:
+        """Every charge and reversal after a cursor, in the order they became known, until now."""
+        while True:
+            asked = {"cursor": cursor, "limit": EXPORTED, "account": account}
+            lines = self._send("GET", "/v1/usage/export", params=asked).text.splitlines()
+            if not lines:
+                return
+            for line in lines:
+                entry = UsageEntry.model_validate_json(line)
+                cursor = entry.cursor
+                yield entry
+
+    def statement(self, month: str, *, account: str | None = None) -> Statement:
+        """What the account owes for a month, written as 2026-11; a draft while the month is not closed."""
+        return self._ask(Statement, "GET", _path("statements", month), params={"account": account})
+
+    def statement_as(self, form: str, month: str, *, account: str | None = None) -> bytes:
+        """The same as csv or html."""
+        asked = {"account": account, "format": form}
+        return self._send("GET", _path("statements", month), params=asked).content
+
+    def statements(self, *, account: str | None = None) -> list[StatementSummary]:
+        """The account's closed statements, newest first."""
+        return self._ask(answers.Statements, "GET", "/v1/statements", params={"account": account}).statements
+
+    def prices(
+        self, *, model: str | None = None, past: bool = False, account: str | None = None
+    ) -> list[DatedPrice]:
+        """The prices in force and those planned, by model and date; past: those too that are over."""
+        asked = {"model": model, "past": past or None, "account": account}
+        return self._ask(answers.Prices, "GET", "/v1/prices", params=asked).prices
+
+    def budget(self, *, account: str | None = None) -> Budgets:
+        """What the account may spend, and what of it is gone."""
+        return self._ask(Budgets, "GET", "/v1/budget", params={"account": account})
+
+    def account_events(self, *, after: int = 0) -> list[Event]:
+        """What happened to the account's jobs and budgets since that event, in order; 1000 at most."""
+        return self._ask(answers.Events, "GET", "/v1/events", params={"after": after}).events
+
     # -------------------------------------------------------------------------------------------- admins
+
+    def set_price(
+        self,
+        model: str,
+        rate: str,
+        *,
+        account: str | None = None,
+        method: str | None = None,
+        currency: str | None = None,
+        since: datetime | None = None,
+    ) -> DatedPrice:
+        """Start a price of a model, for one account or for everybody, now or at a moment to come."""
+        asked = {"model": model, "rate": rate, "account": account, "method": method, "currency": currency,
+                 "since": since and since.isoformat()}  # fmt: skip
+        body = {k: v for k, v in asked.items() if v is not None}
+        return self._ask(DatedPrice, "POST", "/v1/prices", json=body, once=True)
+
+    def set_budget(
+        self,
+        limit: str | None,
+        *,
+        account: str | None = None,
+        key: str | None = None,
+        period: str = "month",
+        thresholds: Sequence[tuple[int, str]] = (),
+    ) -> Budgets:
+        """Set a budget of an account or of one of its keys; None takes it away. thresholds: percent and action."""
+        body = {
+            "limit": limit,
+            "account": account,
+            "key": key,
+            "period": period,
+            "thresholds": [{"percent": percent, "action": action} for percent, action in thresholds],
+        }
+        return self._ask(Budgets, "PUT", "/v1/budget", json=body)
 
     def workers(self) -> list[Worker]:
         return self._ask(answers.Workers, "GET", "/v1/workers").workers
@@ -202,6 +328,15 @@ class Farm:
     def add_account(self, name: str, *, currency: str = "USD", weight: int = 1) -> Account:
         body = {"name": name, "currency": currency, "weight": weight}
         return self._ask(Account, "POST", "/v1/accounts", json=body, once=True)
+
+    def change_account(self, name: str, *, retention_days: int | None) -> Account:
+        """Say for how many days after a job's end an account's images are kept; None: for ever."""
+        body = {"retention_days": retention_days}
+        return self._ask(Account, "PATCH", _path("accounts", name), json=body)
+
+    def put_prompts(self, name: str, *, inside: bool) -> Account:
+        """Say whether an account's images, from now on, carry their prompt inside the file."""
+        return self._ask(Account, "PATCH", _path("accounts", name), json={"prompt_in_images": inside})
 
     def keys(self, account: str) -> list[Key]:
         return self._ask(answers.Keys, "GET", _path("accounts", account, "keys")).keys
@@ -220,6 +355,38 @@ class Farm:
     def audit(self) -> list[Violation]:
         """Every fact of the books that is not as it must be; none, if all is well."""
         return self._ask(answers.Audit, "GET", "/v1/audit").violations
+
+    def audit_images(self, sample: int | None = None) -> Iterator[ImagesAudit]:
+        """Stored images against their booked hashes: all of them a page at a time, or so many at random."""
+        left, after = sample, 0
+        while left is None or left > 0:
+            asked = {"after": after, "limit": IMAGES, "sample": left and min(left, IMAGES)}
+            page = self._ask(ImagesAudit, "GET", "/v1/audit/images", params=asked)
+            yield page
+            if left is None and page.next is None:
+                return
+            left, after = (None, page.next or 0) if left is None else (left - IMAGES, 0)
+
+    def close_statement(self, account: str, month: str) -> Statement:
+        """Close a month that is over; it may take some seconds for each hundred thousand images.
+
+        Raises Conflict if it is not over, or if an earlier month has to be closed first.
+        """
+        while True:
+            path = _path("statements", month, "close")
+            bill = self._ask(Statement, "POST", path, json={"account": account})
+            if bill.status == "closed":
+                return bill
+
+    def reverse(self, frame: str, reason: str) -> Reversal:
+        """Take back a frame's charge; it stays done. Raises Conflict if that was done before."""
+        body = {"frame": frame, "reason": reason}
+        return self._ask(Reversal, "POST", "/v1/usage/reversals", json=body, once=True)
+
+    def margin(self, *, since: datetime | None = None, until: datetime | None = None) -> Margin:
+        """Revenue against GPU time in [since, until); of the last 30 days if neither is given."""
+        asked = {"since": since and since.isoformat(), "until": until and until.isoformat()}
+        return self._ask(Margin, "GET", "/v1/margin", params=asked)
 
     # -------------------------------------------------------------------------------------------- to send
 
@@ -257,6 +424,14 @@ class Farm:
 
 def _path(*parts: str) -> str:
     return "/v1/" + "/".join(quote(p, safe="") for p in parts)
+
+
+def _submission(spec: Spec | Sequence[Spec], **facts: Any) -> dict[str, Any]:
+    if isinstance(spec, (Mapping, BaseModel)):
+        body: dict[str, Any] = {"spec": _plain(spec)}
+    else:
+        body = {"specs": [_plain(s) for s in spec]}
+    return body | {k: v for k, v in facts.items() if v is not None}
 
 
 def _plain(spec: Spec) -> dict[str, Any]:
@@ -302,8 +477,8 @@ def _class_of(urn: str, status: int) -> type[FarmError]:
         return found
     if status in TRY_AGAIN:
         return Away
-    for kind in (errors.Unauthorized, errors.Forbidden, errors.NotFound, errors.Conflict, errors.Gone,
-                 errors.TooLarge, errors.Invalid):  # fmt: skip
+    for kind in (errors.Unauthorized, errors.BudgetExceeded, errors.Forbidden, errors.NotFound, errors.Conflict,
+                 errors.Gone, errors.TooLarge, errors.Invalid):  # fmt: skip
         if kind.http_status == status:
             return kind
     return errors.Refused if status < 500 else FarmError

@@ -3,6 +3,7 @@
 FarmError                      500
 ├── Refused                    400  the caller can change something
 │   ├── Unauthorized           401
+│   ├── BudgetExceeded         402  names what is needed and what is left
 │   ├── Forbidden              403
 │   ├── NotFound               404
 │   ├── Conflict               409
@@ -13,6 +14,7 @@ FarmError                      500
 │   ├── DatabaseAway
 │   ├── BrokerAway
 │   └── StorageAway
+│       └── Damaged             what is stored is not what was booked
 ├── Misconfigured              500  names the setting
 └── RenderFailed               500  the engine could not make these frames
     └── OutOfMemory                 a smaller pack may fit
@@ -53,6 +55,12 @@ class Unauthorized(Refused):
     """No valid API key came with the request."""
 
     http_status = 401
+
+
+class BudgetExceeded(Refused):
+    """The budget does not cover this job."""
+
+    http_status = 402
 
 
 class Forbidden(Refused):
@@ -127,6 +135,10 @@ class BrokerAway(Away):
 
 class StorageAway(Away):
     """The image store does not answer."""
+
+
+class Damaged(StorageAway):
+    """The store gave back other bytes than the image's hash says."""
 
 
 class Misconfigured(FarmError):

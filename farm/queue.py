@@ -2,18 +2,21 @@
 
 A frame:
 
-    staged ─ ─ ▶ waiting ─ ─ ▶ ┌────────┐  claim_pack  ┌─────────┐   settle    ┌──────┐
-    (bulk, not   (on an equal  │ queued │ ───────────▶ │ claimed │ ──────────▶ │ done │ billed
-    approved)    frame)        └────────┘              └─────────┘             └──────┘
-                                 │    ▲     release,      │  │ └─ ─ ─ ─ ─ ─ ▶ rejected (by a check)
-                                 │    └── fail, reclaim ──┘  │
-                          cancel │       (then a suspect,    ├──────────────▶ failed, after three packs
-                                 ▼        claimed alone)     │                that it took down alone
-                             cancelled ◀─────────────────────┘
+                      ┌──────────── answer: with the image of its equal ─────────────┐
+                      │                                                              ▼
+    staged ─ ─ ▶ ┌─────────┐ answer ┌────────┐  claim_pack  ┌─────────┐   settle    ┌──────┐
+    (bulk, not   │ waiting │ ─────▶ │ queued │ ───────────▶ │ claimed │ ──────────▶ │ done │ billed
+    approved)    └─────────┘ nobody └────────┘              └─────────┘             └──────┘
+            on an equal│    makes it  │    ▲     release,      │  │ └─ ─ ─ ─ ─ ─ ▶ rejected (by a check)
+            frame      │              │    └── fail, reclaim ──┘  │
+                       │       cancel │       (then a suspect,    ├──────────────▶ failed, after three packs
+                       ▼              ▼        claimed alone)     │                that it took down alone
+                       └─────────▶ cancelled ◀────────────────────┘
 
 A job (its verbs stand in jobs.py):   staged ─ ─ ▶ active ⇄ paused,  both ──▶ finished or cancelled
 
-Dashed: a place kept for later. What ended stays as it is; the database refuses anything else.
+Who waits for whom: see reuse.py. Dashed: a place kept for later. What ended stays as it is; the database refuses
+anything else.
 
 A pack is the fence: settle, fail and release touch a frame only while frames.pack_id is that pack. What a
 worker does too late is left out, without an error. Everybody locks in the same order: packs, jobs, frames,
@@ -71,6 +74,7 @@ class ClaimedFrame:
     seed: int
     work: int
     spec: Spec
+    prompt: bool = False  # its account wants the prompt inside the image
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,7 @@ class StoredFrame:
     bytes: int
     width: int
     height: int
+    prompt: bool = False  # the file says it
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +130,18 @@ class Extended:
 
 
 def claim_pack(
-    db: Session, *, models: Sequence[str], worker: str, limits: Mapping[str, PackLimit], ageing: bool = True
+    db: Session,
+    *,
+    models: Sequence[str],
+    worker: str,
+    limits: Mapping[str, PackLimit],
+    ageing: bool = True,
+    engines: Mapping[str, Mapping[str, str]] | None = None,
 ) -> ClaimedPack | None:
     """Claim the next pack of these models; None if they have no runnable frame.
 
     limits: what a pack of each model may hold. ageing: a lane unserved too long may come before its class.
+    engines: what renders each model here, versions and the model's revision; kept for provenance.
     """
     head = db.execute(
         sql("head"), {"models": list(models), "ageing": ageing, "ageing_s": settings().ageing_s}
@@ -150,11 +162,20 @@ def claim_pack(
             "frames": frames,
             "worker": worker,
             "lease_s": settings().lease_s,
+            "engine": json.dumps(dict(engines[head.model])) if engines else None,
         },
     ).all()
     taken = tuple(
         ClaimedFrame(
-            r.id, r.job_id, r.frame_index, r.key_no, r.account_id, r.seed, r.work, Spec.from_json(r.spec)
+            r.id,
+            r.job_id,
+            r.frame_index,
+            r.key_no,
+            r.account_id,
+            r.seed,
+            r.work,
+            Spec.from_json(r.spec),
+            r.prompt,
         )
         for r in rows
     )
@@ -239,6 +260,7 @@ def _as_json(stored: StoredFrame, gpu_ms: Mapping[int, int]) -> dict[str, Any]:
         "width": stored.width,
         "height": stored.height,
         "gpu_ms": gpu_ms.get(stored.pack_id),
+        "prompt": stored.prompt,
     }
 
 
@@ -276,8 +298,24 @@ def reclaim(db: Session, *, limit: int = 100) -> int:
 
 
 def cancel_queued(db: Session, *, limit: int = 5000) -> int:
-    """End queued frames of cancelled jobs. Returns how many."""
+    """End queued and waiting frames of cancelled jobs. Returns how many."""
     return db.scalar(sql("cancel_frames"), {"n": limit}) or 0
+
+
+def answer(db: Session, waiting: Mapping[UUID, UUID], *, at_once: bool = False) -> int:
+    """Decide on waiting frames, each given with its job: done with an image that is known, queued, or waiting on.
+
+    A done one is charged the price of reusing. at_once: they are being submitted, and no more than that is held
+    for them. Returns how many are done.
+    """
+    facts = {
+        "frames": list(waiting),
+        "cancelled_jobs": _lock_jobs(db, set(waiting.values())),
+        "at_once": at_once,
+    }
+    rows = db.execute(sql("answer"), facts).all()
+    _queued_again(db, [(r.job_id, r.key_no) for r in rows if r.status == FrameStatus.QUEUED])
+    return sum(r.status == FrameStatus.DONE for r in rows)
 
 
 def reopen_lanes(db: Session) -> int:
@@ -310,13 +348,17 @@ def _give_back(
     ).all()
     if held:
         db.execute(sql("close_packs"), {"packs": held, "outcome": outcome})
-    back = [r for r in rows if r.status == FrameStatus.QUEUED]
-    if back:
-        db.execute(sql("open_keys"), _columns(("jobs", "keys"), [(r.job_id, r.key_no) for r in back]))
-        jobs = sorted({r.job_id for r in back})
+    _queued_again(db, [(r.job_id, r.key_no) for r in rows if r.status == FrameStatus.QUEUED])
+    return len(rows)
+
+
+def _queued_again(db: Session, keys: Sequence[tuple[UUID, int]]) -> None:
+    """Open what leads to the frames of these job keys that are queued now."""
+    if keys:
+        db.execute(sql("open_keys"), _columns(("jobs", "keys"), keys))
+        jobs = sorted({job for job, _ in keys})
         db.execute(sql("open_job_lanes"), {"jobs": jobs})
         db.execute(sql("open_lanes"), {"jobs": jobs})
-    return len(rows)
 
 
 def _hold(db: Session, packs: Iterable[int]) -> Sequence[int]:

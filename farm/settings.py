@@ -50,7 +50,9 @@ class Settings(BaseSettings):
     stall_s: float = Field(120.0, gt=0, description="a pack without progress for this long loses its lease")
     ageing_s: float = Field(60.0, gt=0, description="a lane unserved for this long gets the next pack")
     worker_lost_s: float = Field(30.0, gt=0, description="a worker not heard of for this long is not counted")
+    quote_s: float = Field(900.0, gt=0, description="a quote is good for this long")
     orphan_grace_s: float = Field(3600.0, gt=0, description="an image without a row is removed after this")
+    url_s: int = Field(600, ge=1, le=604_800, description="how long a link to an image works; 7 days at most")
 
     # sizes
     pool_size: int = Field(10, ge=1, description="database connections a process may hold")

@@ -7,21 +7,23 @@ crash, a lost message or a wrong moment left behind is put right here; nothing e
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from farm import events, ledger, queue, tokens
-from farm.db import sql, transaction
-from farm.errors import Away
+from farm import budgets, events, ledger, queue, quotes, retention, reuse, tokens
+from farm.db import engine, transaction
+from farm.errors import Away, DatabaseAway
 from farm.settings import settings
-from farm.storage import open_store
 
 log = logging.getLogger(__name__)
 
+# what found something looks again at once
+MORE = ("relay", "cancel", "reclaim", "answer", "expire", "clear", "purge")
 LOCK = 0x73776570  # "swep": one key, a chore's number beside it
 
 
@@ -32,7 +34,8 @@ class Chore:
     name: str
     number: int
     every_s: float
-    work: Callable[[Session], int]
+    work: Callable[..., int]  # of the transaction with the lock
+    alone: bool = False  # or of nothing: it makes transactions of its own
 
 
 def reclaim(db: Session) -> int:
@@ -49,8 +52,8 @@ def fold(db: Session) -> int:
 
 
 def forget(db: Session) -> int:
-    """Drop idempotency keys after two days and mark workers gone that were not heard of."""
-    return sum(
+    """Drop idempotency keys after two days and expired quotes, and mark workers gone that were not heard of."""
+    return quotes.forget(db) + sum(
         getattr(db.execute(text(statement), {"lost_s": settings().worker_lost_s}), "rowcount", 0)
         for statement in (
             "DELETE FROM idempotency_keys WHERE created_at < now() - interval '2 days'",
@@ -71,58 +74,55 @@ def partition(db: Session) -> int:
     return 0
 
 
-def clear_orphans(db: Session) -> int:
-    """Remove files that no image points to, after a grace longer than any lease plus upload.
-
-    A file is written before its row commits, so a young one may be about to get its row.
-    """
-    # the store may list for minutes between two statements; no row is locked meanwhile
-    db.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
-    store, removed = open_store(settings().storage_url.get_secret_value()), 0
-    old = datetime.now(UTC) - timedelta(seconds=settings().orphan_grace_s)
-    batch: list[str] = []
-    for stored in store.list("v1/"):
-        if stored.modified < old:
-            batch.append(stored.key)
-        if len(batch) == 1000:
-            removed += _remove_orphans(db, batch, old=old)
-            batch = []
-    return removed + _remove_orphans(db, batch, old=old)
-
-
-def _remove_orphans(db: Session, keys: list[str], *, old: datetime) -> int:
-    orphans = db.scalars(sql("orphans"), {"keys": keys}).all()
-    store = open_store(settings().storage_url.get_secret_value())
-    for key in orphans:
-        # stored again since it was listed, it may be about to get its row
-        if any(stored.modified >= old for stored in store.list(key)):
-            continue
-        log.info("removing %s, which no image points to", key)
-        store.delete(key)
-    return len(orphans)
-
+ORPHANS = retention.Orphans()
 
 CHORES = (
     Chore("relay", 1, 0.2, events.relay),
     Chore("reclaim", 2, 1, reclaim),
+    Chore("answer", 15, 0.2, reuse.answer_waiters),
     Chore("fold", 3, 1, fold),
     Chore("cancel", 4, 1, queue.cancel_queued),
     Chore("top up", 5, 1, tokens.top_up),
     Chore("retire", 10, 1, queue.retire_lanes),
     Chore("reopen", 6, 10, queue.reopen_lanes),
+    Chore("tallies", 21, 1, budgets.fold),
+    Chore("budgets", 22, 1, budgets.enforce),
     Chore("forget", 7, 10, forget),
     Chore("partition", 8, 3600, partition),
-    Chore("orphans", 9, 600, clear_orphans),
+    Chore("expire", 11, 60, retention.expire),
+    Chore("clear", 12, 1, retention.clear),
+    Chore("orphans", 9, 600, ORPHANS.turn, alone=True),
+    Chore("purge", 13, 5, retention.purge, alone=True),
+    Chore("forget tombstones", 14, 3600, retention.forget),
 )
 
 
 def do(chore: Chore) -> int:
     """Do one chore, unless another sweep is at it. Returns how much it put right."""
+    if chore.alone:
+        with _held(chore) as free:
+            return chore.work() if free else 0
     with transaction() as db:
         free = db.scalar(
             text("SELECT pg_try_advisory_xact_lock(:lock, :number)"), {"lock": LOCK, "number": chore.number}
         )
         return chore.work(db) if free else 0
+
+
+@contextmanager
+def _held(chore: Chore) -> Iterator[bool]:
+    """Hold a chore's lock as long as a connection, outside any transaction: one that froze would be cut off."""
+    facts = {"lock": LOCK, "number": chore.number}
+    try:
+        with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            free = bool(connection.scalar(text("SELECT pg_try_advisory_lock(:lock, :number)"), facts))
+            try:
+                yield free
+            finally:
+                if free:
+                    connection.execute(text("SELECT pg_advisory_unlock(:lock, :number)"), facts)
+    except OperationalError as e:
+        raise DatabaseAway from e
 
 
 def tidy() -> int:
@@ -143,7 +143,9 @@ def run(stop: threading.Event, *, beat: Callable[[], None] = lambda: None) -> No
             due[chore] = now + chore.every_s * pace
             try:
                 if do(chore):
-                    due[chore] = 0.0 if chore.name in ("relay", "cancel", "reclaim") else due[chore]
+                    due[chore] = 0.0 if chore.name in MORE else due[chore]
+                if chore.name == "orphans" and ORPHANS.unfinished:
+                    due[chore] = 0.0
             except Away as e:
                 log.warning("%s: %s", chore.name, e)
             except Exception:

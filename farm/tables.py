@@ -1,6 +1,6 @@
 """The job database's columns and keys, for the ORM. Checks and triggers stand in migrations/."""
 
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, ClassVar
 from uuid import UUID
@@ -9,6 +9,7 @@ from sqlalchemy import (
     ARRAY,
     BigInteger,
     Boolean,
+    Date,
     DateTime,
     FetchedValue,
     ForeignKey,
@@ -64,13 +65,15 @@ class Account(Base):
     currency: Mapped[str]
     weight: Mapped[int] = mapped_column(server_default=text("1"))
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    retention_days: Mapped[int | None]
+    prompt_in_images: Mapped[bool] = mapped_column(server_default=text("false"))
 
 
 class ApiKey(Base):
     """How an account proves itself; the secret is computed, not stored."""
 
     __tablename__ = "api_keys"
-    __table_args__ = (Index("api_keys_account_idx", "account_id"),)
+    __table_args__ = (Index("api_keys_account_idx", "account_id"), UniqueConstraint("id", "account_id"))
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
     account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
@@ -111,6 +114,8 @@ class PriceRow(Base):
             ("valid", "&&"),
             name="prices_int4range_valid_excl",
         ),
+        Index("prices_book_idx", "book_id"),
+        Index("prices_set_by_idx", "set_by", postgresql_where=text("set_by IS NOT NULL")),
     )
 
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
@@ -119,6 +124,9 @@ class PriceRow(Base):
     currency: Mapped[str]
     rate: Mapped[Decimal]
     valid: Mapped[Range[datetime]] = mapped_column(TSTZRANGE)
+    source: Mapped[str] = mapped_column(server_default=text("'catalog'"))
+    set_by: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id"))
+    set_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
 class Job(Base):
@@ -130,6 +138,17 @@ class Job(Base):
         UniqueConstraint("id", "account_id", "priority", "runnable"),
         Index("jobs_account_idx", "account_id", "id"),
         Index("jobs_open_idx", "id", postgresql_where=text("ended_at IS NULL")),
+        Index(
+            "jobs_kept_idx",
+            "account_id",
+            "ended_at",
+            postgresql_where=text("ended_at IS NOT NULL AND images_deleted_at IS NULL"),
+        ),
+        Index(
+            "jobs_uncleared_idx",
+            "images_deleted_at",
+            postgresql_where=text("images_deleted_at IS NOT NULL AND images_cleared < frames"),
+        ),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -145,6 +164,9 @@ class Job(Base):
     held: Mapped[Decimal]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     ended_at: Mapped[datetime | None]
+    rerender_of: Mapped[UUID | None]
+    images_deleted_at: Mapped[datetime | None]
+    images_cleared: Mapped[int] = mapped_column(server_default=text("0"))
 
 
 class JobLane(Base):
@@ -198,6 +220,7 @@ class JobKey(Base):
     call_key: Mapped[str]
     pixels: Mapped[int]
     open: Mapped[bool] = mapped_column(server_default=text("true"))
+    reuse_price_id: Mapped[int | None] = mapped_column(ForeignKey("prices.id"))
 
 
 class IdempotencyKey(Base):
@@ -214,6 +237,120 @@ class IdempotencyKey(Base):
     body_sha256: Mapped[bytes]
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class Quote(Base):
+    """What a job of these specs costs at most, until it expires."""
+
+    __tablename__ = "quotes"
+    __table_args__ = (
+        ForeignKeyConstraint(["account_id", "currency"], ["accounts.id", "accounts.currency"]),
+        UniqueConstraint("id", "account_id", "currency"),
+        Index("quotes_expired_idx", "expires_at", postgresql_where=text("job_id IS NULL")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID]
+    api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id"))
+    specs_sha256: Mapped[bytes]
+    frames: Mapped[int]
+    currency: Mapped[str]
+    amount: Mapped[Decimal]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    expires_at: Mapped[datetime]
+    job_id: Mapped[UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), unique=True)
+
+
+class QuotePrice(Base):
+    """The price a quote was made at, for one of its models."""
+
+    __tablename__ = "quote_prices"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["quote_id", "account_id", "currency"],
+            ["quotes.id", "quotes.account_id", "quotes.currency"],
+            ondelete="CASCADE",
+        ),
+        ForeignKeyConstraint(
+            ["price_id", "method", "currency", "rate"],
+            ["prices.id", "prices.method", "prices.currency", "prices.rate"],
+        ),
+    )
+
+    quote_id: Mapped[UUID] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    method: Mapped[str] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID]
+    price_id: Mapped[int]
+    currency: Mapped[str]
+    rate: Mapped[Decimal]
+
+
+class Budget(Base):
+    """What an account, or one of its keys, may spend."""
+
+    __tablename__ = "budgets"
+    __table_args__ = (
+        ForeignKeyConstraint(["account_id", "currency"], ["accounts.id", "accounts.currency"]),
+        ForeignKeyConstraint(["api_key_id", "account_id"], ["api_keys.id", "api_keys.account_id"]),
+        UniqueConstraint("account_id", "api_key_id", "period", postgresql_nulls_not_distinct=True),
+        UniqueConstraint("id", "account_id"),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    account_id: Mapped[UUID]
+    api_key_id: Mapped[UUID | None]
+    period: Mapped[str]
+    currency: Mapped[str]
+    amount: Mapped[Decimal]
+    set_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class BudgetThreshold(Base):
+    """What happens once that much of a budget was charged."""
+
+    __tablename__ = "budget_thresholds"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["budget_id", "account_id"], ["budgets.id", "budgets.account_id"], ondelete="CASCADE"
+        ),
+    )
+
+    budget_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    percent: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
+    action: Mapped[str] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID]
+    reached_at: Mapped[datetime | None]
+    month: Mapped[date | None] = mapped_column(Date)
+
+
+class BudgetPause(Base):
+    """A job that a budget paused, not a person."""
+
+    __tablename__ = "budget_pauses"
+    __table_args__ = (Index("budget_pauses_account_idx", "account_id"),)
+
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class Tally(Base):
+    """What an account's keys hold, and were charged in a month, as deltas: their sum is what counts."""
+
+    __tablename__ = "tallies"
+    __table_args__ = (
+        Index("tallies_account_idx", "account_id", "api_key_id"),
+        Index("tallies_unfolded_idx", "account_id", postgresql_where=text("NOT folded")),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id"))
+    month: Mapped[date | None] = mapped_column(Date)
+    held: Mapped[Decimal] = mapped_column(server_default=text("0"))
+    spent: Mapped[Decimal] = mapped_column(server_default=text("0"))
+    folded: Mapped[bool] = mapped_column(server_default=text("false"))
 
 
 class Count(Base):
@@ -233,6 +370,7 @@ class Count(Base):
     charged: Mapped[Decimal] = mapped_column(server_default=text("0"))
     freed: Mapped[Decimal] = mapped_column(server_default=text("0"))
     folded: Mapped[bool] = mapped_column(server_default=text("false"))
+    at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
 class Lane(Base):
@@ -284,23 +422,39 @@ class Pack(Base):
     gpu_ms: Mapped[int | None]
     outcome: Mapped[str | None]
     closed_at: Mapped[datetime | None]
+    engine: Mapped[dict[str, Any] | None]
 
 
 class Image(Base):
-    """The stored file."""
+    """The stored file; with deleted_at, what is left of it: a frame must not come to point to that one.
+
+    Who makes a frame point to an image that is there already locks its row FOR KEY SHARE WHERE deleted_at IS NULL.
+    """
 
     __tablename__ = "images"
+    __table_args__ = (
+        Index(
+            "images_dying_idx",
+            "id",
+            postgresql_where=text("deleted_at IS NOT NULL AND purged_at IS NULL"),
+        ),
+        Index("images_unknown_idx", "purged_at", postgresql_where=text("pixel_sha256 IS NULL")),
+    )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
     account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
     key: Mapped[str] = mapped_column(unique=True)
     format: Mapped[str]
     sha256: Mapped[bytes]
-    pixel_sha256: Mapped[bytes]
-    bytes: Mapped[int]
-    width: Mapped[int]
-    height: Mapped[int]
+    # NULL only where a file that no frame ever had was deleted
+    pixel_sha256: Mapped[bytes] = mapped_column(nullable=True)
+    bytes: Mapped[int] = mapped_column(nullable=True)
+    width: Mapped[int] = mapped_column(nullable=True)
+    height: Mapped[int] = mapped_column(nullable=True)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    deleted_at: Mapped[datetime | None]
+    pack_id: Mapped[int | None] = mapped_column(BigInteger)
+    purged_at: Mapped[datetime | None]
 
 
 class Frame(Base):
@@ -313,6 +467,14 @@ class Frame(Base):
         ),
         Index("frames_queued_idx", "job_id", "key_no", "id", postgresql_where=text("status = 'queued'")),
         Index("frames_pack_idx", "pack_id", postgresql_where=text("pack_id IS NOT NULL")),
+        Index(
+            "frames_equal_idx",
+            "account_id",
+            "fingerprint",
+            postgresql_where=text("seeded AND status IN ('waiting', 'queued', 'claimed')"),
+        ),
+        Index("frames_waiting_idx", "account_id", "id", postgresql_where=text("status = 'waiting'")),
+        Index("frames_image_idx", "image_id", postgresql_where=text("image_id IS NOT NULL")),
         {"postgresql_partition_by": "RANGE (id)"},
     )
 
@@ -334,6 +496,32 @@ class Frame(Base):
     reason: Mapped[str | None]
     fingerprint: Mapped[bytes]
     spec: Mapped[dict[str, Any]]
+    seeded: Mapped[bool] = mapped_column(server_default=text("false"))
+    reused: Mapped[bool] = mapped_column(server_default=text("false"))
+
+
+class KnownImage(Base):
+    """The image that answers frames of one account, fingerprint and format."""
+
+    __tablename__ = "known_images"
+    __table_args__ = (Index("known_images_image_idx", "image_id"),)
+
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"), primary_key=True)
+    fingerprint: Mapped[bytes] = mapped_column(primary_key=True)
+    format: Mapped[str] = mapped_column(primary_key=True)
+    image_id: Mapped[int] = mapped_column(BigInteger, ForeignKey("images.id", ondelete="CASCADE"))
+    prompt: Mapped[bool]
+
+
+class WaitersDue(Base):
+    """Whose waiting frames the sweep has to look at."""
+
+    __tablename__ = "waiters_due"
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id", ondelete="CASCADE"))
+    fingerprints: Mapped[list[bytes] | None] = mapped_column(ARRAY(LargeBinary))
+    after: Mapped[UUID | None]
 
 
 class Usage(Base):
@@ -346,6 +534,7 @@ class Usage(Base):
             ["prices.id", "prices.method", "prices.currency", "prices.rate"],
         ),
         Index("usage_account_idx", "account_id", "at"),
+        Index("usage_unstated_idx", "account_id", "at", postgresql_where=text("statement_line IS NULL")),
         {"postgresql_partition_by": "RANGE (frame_id)"},
     )
 
@@ -365,6 +554,80 @@ class Usage(Base):
     statement_line: Mapped[int | None] = mapped_column(BigInteger)
 
 
+class Reversal(Base):
+    """Why a charge was taken back, and by whom."""
+
+    __tablename__ = "reversals"
+
+    frame_id: Mapped[UUID] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id"))
+    reason: Mapped[str]
+    at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class Statement(Base):
+    """What an account owes for a month; total is NULL until it is closed."""
+
+    __tablename__ = "statements"
+    __table_args__ = (
+        ForeignKeyConstraint(["account_id", "currency"], ["accounts.id", "accounts.currency"]),
+        UniqueConstraint("account_id", "month"),
+        UniqueConstraint("id", "account_id", "currency"),
+        Index(
+            "statements_closing_idx", "account_id", unique=True, postgresql_where=text("closed_at IS NULL")
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    account_id: Mapped[UUID]
+    month: Mapped[date] = mapped_column(Date)
+    currency: Mapped[str]
+    digits: Mapped[int] = mapped_column(SmallInteger)
+    opened_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    total: Mapped[Decimal | None]
+    closed_at: Mapped[datetime | None]
+
+
+class StatementLine(Base):
+    """What was used of one model by one method at one rate; usage.statement_line names it."""
+
+    __tablename__ = "statement_lines"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["statement_id", "account_id", "currency"],
+            ["statements.id", "statements.account_id", "statements.currency"],
+        ),
+        UniqueConstraint("statement_id", "model", "method", "rate"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    statement_id: Mapped[int] = mapped_column(BigInteger)
+    account_id: Mapped[UUID]
+    currency: Mapped[str]
+    model: Mapped[str]
+    method: Mapped[str]
+    rate: Mapped[Decimal]
+    frames: Mapped[int] = mapped_column(BigInteger)
+    reversed: Mapped[int] = mapped_column(BigInteger)
+    late: Mapped[int] = mapped_column(BigInteger)
+    quantity: Mapped[int] = mapped_column(BigInteger)
+    exact: Mapped[Decimal]
+    amount: Mapped[Decimal | None]
+
+
+class Sitting(Base):
+    """When a worker was there, before it started anew."""
+
+    __tablename__ = "sittings"
+
+    worker: Mapped[str] = mapped_column(primary_key=True)
+    started_at: Mapped[datetime] = mapped_column(primary_key=True)
+    pool: Mapped[str]
+    device: Mapped[str]
+    ended_at: Mapped[datetime]
+
+
 class Outbox(Base):
     """What happened, as it is written."""
 
@@ -372,7 +635,7 @@ class Outbox(Base):
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
     account_id: Mapped[UUID]
-    job_id: Mapped[UUID]
+    job_id: Mapped[UUID | None]
     frame_id: Mapped[UUID | None]
     kind: Mapped[str]
     data: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
@@ -391,7 +654,7 @@ class Event(Base):
 
     number: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     account_id: Mapped[UUID]
-    job_id: Mapped[UUID]
+    job_id: Mapped[UUID | None]
     frame_id: Mapped[UUID | None]
     kind: Mapped[str]
     data: Mapped[dict[str, Any]]

@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -87,10 +88,10 @@ def account(name: str = "acme", *, weight: int = 1) -> Caller:
         return Caller(made.id, made.name, made.currency, key.id, Role.SUBMIT)
 
 
-def submission(*, priority: Any = 5, **spec: Any) -> jobs.Submission:
-    """One spec, of alpha if no model is named."""
+def submission(*, priority: Any = 5, reuse: bool = False, **spec: Any) -> jobs.Submission:
+    """One spec, of alpha if no model is named. All ask for equal images: only with reuse they are rendered once."""
     return jobs.Submission(
-        spec={"prompt": "a red circle", "model": "alpha", "seed": 0, **spec}, priority=priority
+        spec={"prompt": "a red circle", "model": "alpha", "seed": 0, **spec}, priority=priority, reuse=reuse
     )
 
 
@@ -113,7 +114,7 @@ def submit_keys(caller: Caller, steps: Sequence[int], **spec: Any) -> UUID:
     """Submit a job with a frame of each number of steps: as many keys."""
     specs = [{"prompt": "a red circle", "model": "alpha", "seed": 0, "steps": n, **spec} for n in steps]
     with transaction() as db:
-        return jobs.submit(db, caller, jobs.Submission(specs=specs), models=CATALOG)[0]
+        return jobs.submit(db, caller, jobs.Submission(specs=specs, reuse=False), models=CATALOG)[0]
 
 
 def view(caller: Caller, job: UUID) -> jobs.JobView:
@@ -206,6 +207,20 @@ def lose(pack: ClaimedPack) -> int:
 
 def expire(pack: ClaimedPack) -> None:
     ask("UPDATE packs SET lease_until = clock_timestamp() - interval '1 s' WHERE id = :pack", pack=pack.id)
+
+
+BACK_DATE = (
+    "SET LOCAL session_replication_role = replica",  # the database refuses it otherwise
+    "UPDATE usage SET at = :at WHERE statement_line IS NULL AND (CAST(:job AS uuid) IS NULL OR job_id = :job)",
+    "SET LOCAL session_replication_role = origin",
+)
+
+
+def back_date(at: datetime, *, job: UUID | None = None, db: Session | None = None) -> None:
+    """Let charges that are on no statement have been made at another time, those of one job or all."""
+    with _in(db) as session:
+        for statement in BACK_DATE:
+            session.execute(text(statement), {"at": at, "job": job} if ":at" in statement else {})
 
 
 def pass_time(seconds: float) -> None:

@@ -2,6 +2,7 @@
 
     pytest tests/test_chaos.py        under a minute
     make chaos FRAMES=10000           as long as it takes
+    FARM_CHAOS_STORE=s3 make chaos    with an S3 store behind a proxy that is hostile
 
 docs/reliability.md says what is promised and what was measured.
 """
@@ -31,8 +32,10 @@ from tests.chaos.faults import POINTS, STORE_FAULTS, Chance, Plan
 from tests.chaos.house import Crew, Fault, House, Verbs, take_guards
 from tests.chaos.variants import BETWEEN, GUARDS
 from tests.factories import account, ask, must_claim, settle, statuses, submit, until_blocked
+from tests.hostile import STORM, Proxy, s3_server
 
 FRAMES = int(os.environ.get("FRAMES", "150"))
+STORE = os.environ.get("FARM_CHAOS_STORE", "folder")  # or s3: behind the hostile proxy
 LONG = FRAMES >= 2000
 HITS = 20 if LONG else 1
 JOB = 25 if FRAMES <= 500 else 250
@@ -81,19 +84,40 @@ def servers(folder: Path, crew: Crew) -> Iterator[tuple[Postgres, Redis]]:
     redis.stop()
 
 
-def build(folder: Path, servers: tuple[Postgres, Redis], name: str, **plan: object) -> House:
+@pytest.fixture(scope="module")
+def s3(folder: Path) -> Iterator[int]:
+    (folder / "s3").mkdir()
+    with s3_server(folder / "s3") as port:
+        yield port
+
+
+@pytest.fixture
+def proxy(request: pytest.FixtureRequest) -> Iterator[Proxy | None]:
+    """What the farm reaches S3 through, in a storm; None where images live in a folder."""
+    if STORE != "s3":
+        yield None
+        return
+    with Proxy(request.getfixturevalue("s3")).running() as running:
+        running.weather = STORM
+        yield running
+
+
+def build(
+    folder: Path, servers: tuple[Postgres, Redis], name: str, *, proxy: Proxy | None = None, **plan: object
+) -> House:
     postgres, redis = servers
     images = folder / f"{name}-images"
     images.mkdir()
     url = postgres.create_database(name, "migrated")
     attempts = 20 if LONG else 5  # killed alone so often and innocent: hardly ever
-    return House(name, url, redis.url, images, Plan(tally=str(folder / f"{name}-tally"), **plan), attempts)
+    plan = Plan(tally=str(folder / f"{name}-tally"), **plan)
+    return House(name, url, redis.url, images, plan, attempts, proxy)
 
 
 # ------------------------------------------------------------------------------------------ the product
 
 
-def test_nothing_is_lost_or_billed_twice_whatever_is_killed(folder, servers, crew, capsys):
+def test_nothing_is_lost_or_billed_twice_whatever_is_killed(folder, servers, crew, proxy, capsys):
     then = 0.005 if LONG else 0
     each = Chance(first=0.03 if LONG else 0.2, until=HITS, then=then)
     house = build(
@@ -106,6 +130,7 @@ def test_nothing_is_lost_or_billed_twice_whatever_is_killed(folder, servers, cre
             "stored": Chance(first=0.1, until=2, then=then),
         },
         store_faults=dict.fromkeys(STORE_FAULTS, each),
+        proxy=proxy,
     )
     with house.entered():
         started = time.monotonic()
@@ -152,12 +177,13 @@ def wanted() -> dict[str, int]:
         "Redis killed": 1,
         "Postgres stopped immediate": 1,
         "sweep killed": 1,
+        **(dict.fromkeys(STORM, HITS) if STORE == "s3" else {}),
     }
 
 
 def too_seldom(house: House) -> list[str]:
     """What has not yet happened as often as it has to."""
-    return [name for name, least in wanted().items() if house.tally.count(name) < least]
+    return [name for name, least in wanted().items() if house.count(name) < least]
 
 
 def torment(house: House, servers: tuple[Postgres, Redis], crew: Crew) -> None:
@@ -212,6 +238,8 @@ def report(house: House, crew: Crew, took_s: float) -> str:
     counts = house.tally.all()
     lost = house.ask("SELECT count(*) FROM packs WHERE outcome = 'lost'")[0][0]
     ended = house.ask("SELECT status, reason, count(*) AS n FROM frames GROUP BY 1, 2 ORDER BY 1, 2")
+    if house.proxy:
+        counts |= house.proxy.happened
     rows = [("killed when " + point, counts.pop(point, 0)) for point in POINTS]
     rows += [*counts.items(), ("packs reclaimed", lost)]
     rows += [(f"frames {r.status}{': ' + r.reason if r.reason else ''}", r.n) for r in ended]
@@ -221,6 +249,38 @@ def report(house: House, crew: Crew, took_s: float) -> str:
     )
     rows += [(f"ERROR {line[:90]}", n) for line, n in errors.most_common(20)]
     return "\n" + "\n".join(f"{name:<100} {value:>8}" for name, value in rows)
+
+
+@pytest.mark.skipif(STORE == "s3", reason="the long run has this store already")
+def test_nothing_is_lost_behind_a_store_in_a_storm(folder, servers, crew, s3, capsys):
+    # given S3 like B2's, that refuses, cuts, damages and is slow, and workers that die between storing and booking
+    once = Chance(first=0.3, until=1)
+    with Proxy(s3).running() as proxy:
+        house = build(folder, servers, "storm", proxy=proxy, kills={"stored": once, "before commit": once})
+        proxy.weather = dict.fromkeys(STORM, 0.06)
+        with house.entered():
+            house.open_accounts(1)
+
+            # when
+            for k in range(4):
+                house.submit(house.callers[0], 12, seed=100 * k)
+            house.staff(crew, workers=3)
+            until_at_rest(house)
+            crew.drop(house.name)
+
+            # then
+            wrongs = house.wrongs()
+    with capsys.disabled():
+        print(f"\nstorm: {dict(proxy.happened)}", end="")  # noqa: T201
+    assert wrongs == {}
+    assert sum(proxy.happened.values()) > 5
+
+
+def until_at_rest(house: House) -> None:
+    deadline = time.monotonic() + 90
+    while not house.at_rest():
+        assert time.monotonic() < deadline, "frames are left"
+        time.sleep(0.1)
 
 
 # ------------------------------------------------------------------------------------------ negative controls

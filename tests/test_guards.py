@@ -135,7 +135,11 @@ def test_a_second_reversal_is_refused_and_the_first_is_not(settled: UUID) -> Non
     reverse = CHARGE.replace("(frame_id,", "(entry, frame_id,").replace("SELECT f.id", "SELECT 1, f.id")
     reverse = reverse.replace(" f.quantity * p.rate", " -1 * f.quantity * p.rate")
 
-    ask(reverse)
+    refused_at_commit(lambda db: db.execute(text(reverse)), "reversed without a reason")
+    with transaction() as db:
+        reason = "INSERT INTO reversals (frame_id, account_id, reason) SELECT id, account_id, 'blurred' FROM frames"
+        db.execute(text(reason))
+        db.execute(text(reverse))
 
     assert one("SELECT sum(amount) FROM usage") == 0
     refused(reverse, "usage_.*pkey")
@@ -163,10 +167,24 @@ def test_usage_is_neither_changed_nor_deleted(settled: UUID) -> None:
 
 
 def test_usage_gets_its_statement_line_once(settled: UUID) -> None:
-    ask("UPDATE usage SET statement_line = 1")
-
-    refused("UPDATE usage SET statement_line = 2", "usage is append-only")
-    refused("UPDATE usage SET statement_line = NULL", "usage is append-only")
+    refused("UPDATE usage SET statement_line = 1", "belongs on an open line")
+    ask(
+        "INSERT INTO statements (account_id, month, currency, digits)"
+        " SELECT id, '2020-01-01', currency, 2 FROM accounts"
+    )
+    ask(
+        "INSERT INTO statement_lines (statement_id, account_id, currency, model, method, rate, frames, reversed, late,"
+        " quantity, exact) SELECT s.id, u.account_id, u.currency, u.model, u.method, u.rate, count(*), 0, 0,"
+        " sum(u.quantity), sum(u.amount) FROM usage AS u, statements AS s GROUP BY 1, 2, 3, 4, 5, 6"
+    )
+    with transaction() as db:
+        line = "UPDATE usage SET statement_line = (SELECT id FROM statement_lines)"
+        db.execute(text(line))
+        for other in ("2", "NULL"):
+            with pytest.raises(DBAPIError, match="usage is append-only"), db.begin_nested():
+                db.execute(text(f"UPDATE usage SET statement_line = {other}"))
+        db.rollback()
+    ask("TRUNCATE statement_lines, statements")  # so that the audit finds nothing
 
 
 # ------------------------------------------------------------------------------------------------ prices

@@ -1,24 +1,35 @@
 """The ledger: what was used, and counts folded without anybody noticing."""
 
+import threading
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID
 
+import pytest
 from sqlalchemy import text
 
-from farm import ledger, pricing
+from farm import events, ids, ledger, pricing
 from farm.accounts import Caller
 from farm.catalog import Catalog
-from farm.db import transaction
+from farm.db import sql, transaction
+from farm.errors import Conflict, Invalid, NotFound, StorageAway
+from farm.storage import open_store
 from tests.factories import (
     FRAME,
     account,
     ask,
+    back_date,
     model,
     must_claim,
     one,
     settle,
+    statuses,
+    stored,
     submit,
+    until_blocked,
     view,
     violations,
 )
@@ -71,19 +82,221 @@ def test_usage_is_an_accounts_own_and_of_the_time_asked_for(books: str) -> None:
     assert lines(mine, job_id=submit(mine)) == []
 
 
-def test_a_reversed_charge_is_taken_off(books: str) -> None:
+# ------------------------------------------------------------------------------------------------ reversals
+
+
+def reverse(frame: UUID, reason: str = "the wrong picture") -> ledger.Reversed:
+    with transaction() as db:
+        return ledger.reverse(db, frame, reason=reason)
+
+
+def test_a_reversed_charge_is_taken_off_and_the_frame_stays_done(books: str) -> None:
+    # given
+    caller = account()
+    job = submit(caller, 2)
+    settle(must_claim())
+    frame = ids.frame_id(job, 1)
+
+    # when
+    done = reverse(frame, " the wrong picture ")
+
+    # then
+    (line,) = lines(caller)
+    assert (line.frames, line.quantity, line.amount) == (2, 512 * 512 * 4, FRAME)
+    assert (done.frame_id, done.currency, done.amount) == (frame, "USD", FRAME)
+    assert statuses(job) == ["done", "done"]
+    assert view(caller, job).charged == FRAME
+    assert one("SELECT reason FROM reversals") == "the wrong picture"
+    with transaction() as db:
+        ledger.fold_counts(db)
+    assert (view(caller, job).charged, view(caller, job).held) == (FRAME, 0)
+
+
+def test_a_charge_is_reversed_once_and_only_if_there_was_one(books: str) -> None:
+    caller = account()
+    job = submit(caller, 6)
+    settle(must_claim())
+    reverse(ids.frame_id(job, 0))
+
+    with pytest.raises(Conflict, match="before"):
+        reverse(ids.frame_id(job, 0))
+    with pytest.raises(NotFound):
+        reverse(ids.frame_id(job, 5))
+    for reason in ("", "  ", "x" * 501, "a\0b"):
+        with pytest.raises(Invalid, match="reason"):
+            reverse(ids.frame_id(job, 1), reason)
+    assert one("SELECT count(*) FROM usage WHERE entry = 1") == 1
+
+
+def test_of_two_reversals_at_once_one_is_made(books: str) -> None:
+    # given
+    job = submit(account(), 1)
+    settle(must_claim())
+    frame, refused = ids.frame_id(job, 0), []
+
+    def again() -> None:
+        with pytest.raises(Conflict) as conflict:
+            reverse(frame)
+        refused.append(conflict)
+
+    # when
+    other = threading.Thread(target=again)
+    with transaction() as db:
+        ledger.reverse(db, frame, reason="first")
+        other.start()
+        until_blocked()
+    other.join()
+
+    # then
+    assert len(refused) == 1
+    assert [r.reason for r in ask("SELECT reason FROM reversals")] == ["first"]
+
+
+def test_the_charge_of_a_reused_image_is_exported_and_taken_back_too(books: str) -> None:
+    # given an image that was rendered, and reused at a price of its own
+    price = {"method": "mpx_step", "rate": "0.0032", "currency": "USD", "reuse": "0.001"}
+    models = Catalog([model("alpha", price=price)])
+    with transaction() as db:
+        pricing.sync(db, models)
+    caller = account()
+    submit(caller, 1, seed=7, reuse=True, models=models)
+    settle(must_claim())
+    second = submit(caller, 1, seed=7, reuse=True, models=models)
+    assert statuses(second) == ["done"]
+
+    # when
+    done = reverse(ids.frame_id(second, 0))
+    relay()
+
+    # then
+    assert done.amount == Decimal("0.001")
+    entries, _, _ = exported(caller)
+    assert [(e.method, e.amount) for e in entries if e.job_id == second] == [
+        ("reuse", Decimal("0.001")),
+        ("reuse", Decimal("-0.001")),
+    ]
+    assert view(caller, second).charged == 0
+
+
+# ------------------------------------------------------------------------------------------------ export
+
+
+def relay() -> None:
+    with transaction() as db:
+        events.relay(db)
+
+
+def exported(caller: Caller, cursor: int = 0, limit: int = 1000) -> tuple[list[ledger.Entry], int, bool]:
+    with transaction() as db:
+        return ledger.export(db, caller.account_id, cursor=cursor, limit=limit)
+
+
+def test_every_charge_and_reversal_is_exported_once_however_it_is_paged(books: str) -> None:
+    # given two accounts' frames, done, failed and taken back
+    caller, other = account(), account("other")
+    job = submit(caller, 5)
+    submit(other, 3)
+    for _ in range(8):
+        settle(must_claim(frames=1))
+    reverse(ids.frame_id(job, 2))
+    relay()
+
+    # when
+    found: list[ledger.Entry] = []
+    cursor, more = 0, True
+    while more:
+        page, cursor, more = exported(caller, cursor, limit=2)
+        found += page
+
+    # then
+    charged = [e.frame_id for e in found if not e.reversal]
+    assert sorted(charged) == [ids.frame_id(job, k) for k in range(5)]
+    assert [(e.frame_id, e.amount) for e in found if e.reversal] == [(ids.frame_id(job, 2), -FRAME)]
+    assert [e.number for e in found] == sorted({e.number for e in found})
+    assert exported(caller, cursor) == ([], cursor, False)
+
+
+def test_an_export_does_not_pass_over_what_commits_late(books: str) -> None:
+    # given a charge whose transaction began first and is still open
     caller = account()
     submit(caller, 2)
+    early, late = must_claim(frames=1), must_claim(frames=1)
+    with transaction() as db:
+        settle(early, db=db)
+        settle(late)
+        relay()
+
+        # when the export is taken up to now
+        first, cursor, _ = exported(caller)
+    relay()
+
+    # then
+    second, _, _ = exported(caller, cursor)
+    assert [e.frame_id for e in first] == [late.frames[0].id]
+    assert [e.frame_id for e in second] == [early.frames[0].id]
+
+
+# ------------------------------------------------------------------------------------------------ hours
+
+
+def hours(caller: Caller, **shift: float) -> list[ledger.HourlyLine]:
+    now = datetime.now(UTC)
+    with transaction() as db:
+        return ledger.hourly(
+            db, caller.account_id, since=now - timedelta(days=2), until=now + timedelta(hours=1)
+        )
+
+
+def test_hours_have_the_same_ids_whoever_asks_and_differ_by_what_they_count(books: str) -> None:
+    # given charges of two models in one hour, and of one in the hour before
+    caller, other = account(), account("other")
+    hour = (datetime.now(UTC) - timedelta(hours=5)).replace(minute=0, second=0, microsecond=0)
+    for owner, model_name, at in (
+        (caller, "alpha", hour),
+        (caller, "alpha", hour + timedelta(minutes=59)),
+        (caller, "flat", hour),
+        (caller, "alpha", hour - timedelta(minutes=1)),
+        (other, "alpha", hour),
+    ):
+        job = submit(owner, 1, model=model_name)
+        settle(must_claim(models=[model_name]))
+        back_date(at, job=job)
+
+    # then
+    found = hours(caller)
+    assert [(x.hour, x.model, x.frames, x.amount) for x in found] == [
+        (hour - timedelta(hours=1), "alpha", 1, FRAME),
+        (hour, "alpha", 2, 2 * FRAME),
+        (hour, "flat", 1, Decimal("0.37")),
+    ]
+    assert [x.id for x in hours(caller)] == [x.id for x in found]
+    assert len({x.id for x in (*found, *hours(other))}) == 4
+    assert {x.id.version for x in found} == {5}
+
+
+def test_an_hour_is_final_only_when_nothing_of_it_can_commit_any_more(books: str) -> None:
+    # given a charge five hours ago, and one of now
+    caller = account()
+    job = submit(caller, 1)
     settle(must_claim())
-    ask(
-        "INSERT INTO usage (frame_id, entry, account_id, job_id, model, method, currency, price_id, rate, quantity,"
-        " amount) SELECT frame_id, 1, account_id, job_id, model, method, currency, price_id, rate, quantity, -amount"
-        " FROM usage ORDER BY frame_id LIMIT 1"
-    )
+    back_date(datetime.now(UTC) - timedelta(hours=5), job=job)
+    submit(caller, 1)
+    settle(must_claim())
 
-    (line,) = lines(caller)
+    # then
+    assert [x.final for x in hours(caller)] == [True, False]
 
-    assert (line.quantity, line.amount) == (512 * 512 * 4, FRAME)
+
+def test_what_is_settled_reaches_no_further_than_the_oldest_open_transaction(books: str) -> None:
+    with transaction() as db:
+        began = db.scalars(text("SELECT now()")).one()
+        with transaction() as other:
+            settled_until = other.scalars(sql("settled_until")).one()
+
+    assert settled_until == began - timedelta(minutes=1)
+
+
+# ------------------------------------------------------------------------------------------------ counts
 
 
 def test_folding_lowers_the_hold_and_changes_nothing_that_is_shown(books: str) -> None:
@@ -189,3 +402,48 @@ def test_the_audit_finds_nothing_at_any_stage(books: str) -> None:
     with transaction() as db:
         ledger.fold_counts(db)
     assert violations() == []
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+def test_an_audit_of_images_finds_what_is_missing_or_other_than_booked(books: str, store_url: str) -> None:
+    # given four images, of which one is lost and one was written over
+    submit(account(), 4)
+    pack = must_claim()
+    settle(pack)
+    store = open_store(store_url)
+    keys = [s.key for s in stored(pack)]
+    for frame, key in zip(pack.frames, keys, strict=True):
+        store.put(key, frame.id.bytes, content_type="image/png")
+    folder = Path(urlsplit(store_url).path)
+    (folder / keys[1]).unlink()
+    (folder / keys[3]).write_bytes(b"something else")
+
+    # when
+    with transaction() as db:
+        images, sample = ledger.images_after(db, 0, limit=10), ledger.sampled_images(db, 3)
+    found = ledger.audit_images(images, store)
+
+    # then
+    assert sorted((v.violation, v.detail) for v in found) == [
+        ("image differs from its hash", keys[3]),
+        ("image is not in the store", keys[1]),
+    ]
+    assert len(sample) == 3
+    with transaction() as db:
+        assert [i.key for i in ledger.images_after(db, images[1].id, limit=1)] == [images[2].key]
+
+
+def test_a_store_that_is_away_is_not_taken_for_one_without_images(books: str, store_url: str) -> None:
+    submit(account(), 1)
+    settle(must_claim())
+
+    class Away:
+        def get(self, key: str) -> bytes:
+            raise StorageAway(key=key)
+
+    with transaction() as db:
+        images = ledger.images_after(db, 0, limit=10)
+    with pytest.raises(StorageAway):
+        ledger.audit_images(images, Away())  # type: ignore[arg-type]

@@ -1,27 +1,35 @@
 """Prices: exact arithmetic, dated rates."""
 
 import ast
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, FloatOperation, Inexact
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.exc import IntegrityError
 
 import farm
-from farm import pricing
-from farm.catalog import Catalog, Method
+from farm import accounts, pricing
+from farm.accounts import Caller, Role
+from farm.api.app import create_app
+from farm.catalog import Catalog, Method, catalog
 from farm.db import transaction
 from farm.errors import Invalid
-from farm.pricing import FACTOR, Rate, shown, total
+from farm.pricing import FACTOR, DatedPrice, Rate, shown, total
 from farm.spec import Asked, Spec, quantity, resolve
+from farm.tables import Account
 from tests.factories import (
     CATALOG,
     FRAME,
     account,
     ask,
+    claim,
     model,
     must_claim,
     one,
@@ -31,7 +39,7 @@ from tests.factories import (
     view,
 )
 
-MODULES = ("pricing", "ledger", "jobs", "queue", "tables")  # where amounts pass through
+MODULES = ("pricing", "budgets", "ledger", "jobs", "queue", "tables")  # where amounts pass through
 
 
 def rate(method: Method, amount: str) -> Rate:
@@ -112,7 +120,7 @@ def test_no_amount_in_the_database_is_a_float(books: str) -> None:
 
 def test_the_factors_are_one_and_exactly_two_to_the_minus_twenty() -> None:
     assert FACTOR[Method.MPX_STEP] * 2**20 == 1
-    assert FACTOR[Method.IMAGE] == 1
+    assert FACTOR[Method.IMAGE] == FACTOR[Method.REUSE] == 1
 
 
 @pytest.mark.parametrize(
@@ -155,7 +163,7 @@ def test_a_changed_rate_closes_the_old_price_and_starts_another_at_that_moment(b
     assert started == 1
     old, new = ask(
         "SELECT p.rate, p.valid FROM prices AS p JOIN price_books AS b ON b.id = p.book_id"
-        " WHERE b.model = 'alpha' ORDER BY lower(valid)"
+        " WHERE b.model = 'alpha' AND b.method = 'mpx_step' ORDER BY lower(valid)"
     )
     assert (old.rate, new.rate) == (Decimal("0.0032"), Decimal("0.0050"))
     assert old.valid.upper == new.valid.lower
@@ -226,3 +234,281 @@ def test_steps_and_pixels_are_billed_not_guided_rows() -> None:
 
     assert quantity(spec(7.5), Method.MPX_STEP) == quantity(spec(1.0), Method.MPX_STEP) == 512 * 512 * 4
     assert quantity(spec(7.5), Method.IMAGE) == 1
+
+
+# ------------------------------------------------------------------------------------------------ price books
+
+
+def put(amount: str, **facts: Any) -> DatedPrice:
+    with transaction() as db:
+        return pricing.set_price(
+            db, CATALOG, **{"account": None, "model": "alpha", "rate": Decimal(amount), **facts}
+        )
+
+
+def row(caller: Caller) -> Account:
+    with transaction() as db:
+        return db.get_one(Account, caller.account_id)
+
+
+def line(caller: Caller | None = None, model: str = "alpha") -> list[DatedPrice]:
+    """Every price of rendering this model, in order."""
+    with transaction() as db:
+        found = pricing.every(db, caller and caller.account_id, model=model, past=True)
+    return [p for p in found if p.method is not Method.REUSE]
+
+
+def in_an_hour(hours: int = 1) -> datetime:
+    return datetime.now(UTC).replace(microsecond=0) + timedelta(hours=hours)
+
+
+def test_the_worked_example_from_the_price_book_to_the_bill(books: str) -> None:
+    # given half a megapixel in four steps at 0.0032, and another account that pays 0.37 an image
+    caller, other = account("half"), account("flat-rate")
+    put("0.0032")
+    put("0.37", account=row(other), method=Method.IMAGE)
+
+    # when
+    first, second = (submit(c, width=1024, height=512, steps=4) for c in (caller, other))
+    while (pack := claim()) is not None:
+        settle(pack)
+
+    # then
+    assert shown(view(caller, first).charged) == "0.0064"
+    assert shown(view(other, second).charged) == "0.37"
+
+
+def test_a_price_that_is_set_starts_now_and_touches_nothing_admitted(books: str) -> None:
+    # given
+    caller = account()
+    before = submit(caller)
+
+    # when
+    new = put("0.0064")
+    after = submit(caller)
+
+    # then
+    old, again = line()
+    assert again == new
+    assert (old.ends, new.ends) == (new.starts, None)
+    assert (old.source, new.source) == ("catalog", "admin")
+    assert (old.version, new.version) == (1, 2)
+    settle(must_claim())
+    assert (view(caller, before).charged, view(caller, after).charged) == (FRAME, 2 * FRAME)
+
+
+def test_a_planned_price_waits_for_its_moment(books: str) -> None:
+    # when
+    planned = put("0.0064", since=in_an_hour())
+
+    # then
+    caller = account()
+    assert view(caller, submit(caller)).quoted == FRAME
+    assert line()[0].ends == planned.starts
+
+
+def test_a_price_set_before_a_planned_one_lasts_until_that(books: str) -> None:
+    planned = put("0.0064", since=in_an_hour())
+
+    now = put("0.0016")
+
+    assert [(p.rate, p.ends) for p in line()[1:]] == [
+        (now.rate, planned.starts),
+        (planned.rate, None),
+    ]
+    caller = account()
+    assert view(caller, submit(caller)).quoted == FRAME / 2
+
+
+def test_a_price_planned_for_the_same_moment_gives_way(books: str) -> None:
+    moment = in_an_hour()
+    put("0.0064", since=moment)
+
+    put("0.5", since=moment, method=Method.IMAGE)
+
+    assert [(p.rate, p.method) for p in line()] == [
+        (Decimal("0.0032"), Method.MPX_STEP),
+        (Decimal("0.5"), Method.IMAGE),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("facts", "field"),
+    [
+        ({"model": "gamma"}, "model"),
+        ({"rate": Decimal("-1")}, "rate"),
+        ({"rate": Decimal("NaN")}, "rate"),
+        ({"rate": Decimal("0.0000000000001")}, "rate"),
+        ({"rate": Decimal("1e9")}, "rate"),
+        ({"currency": "euro"}, "currency"),
+        ({"since": datetime(2020, 1, 1, tzinfo=UTC)}, "since"),
+    ],
+)
+def test_a_price_that_is_not_allowed_is_refused_by_its_field(
+    books: str, facts: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(Invalid) as refused:
+        put("1", **facts)
+
+    assert [f.field for f in refused.value.faults] == [field]
+    assert len(line()) == 1
+
+
+def test_an_account_gets_no_price_in_a_currency_it_does_not_pay_in(books: str) -> None:
+    with pytest.raises(Invalid, match="the account pays in USD"):
+        put("1", account=row(account()), currency="EUR")
+
+
+def test_the_catalog_leaves_a_line_of_prices_alone_once_an_admin_has_set_one(books: str) -> None:
+    # given
+    put("0.0064")
+
+    # when
+    with transaction() as db:
+        started = pricing.sync(db, dearer("0.0050"))
+
+    # then
+    assert started == 0
+    assert [p.rate for p in line()] == [Decimal("0.0032"), Decimal("0.0064")]
+
+
+def test_an_accounts_own_price_keeps_the_catalog_from_nothing(books: str) -> None:
+    put("0.0016", account=row(account()))
+
+    with transaction() as db:
+        assert pricing.sync(db, dearer("0.0050")) == 1
+
+
+def test_a_catalog_that_goes_to_another_method_and_back_is_followed(books: str) -> None:
+    caller = account()
+    flat = {"method": "image", "rate": "0.2", "currency": "USD"}
+    changed = Catalog([model("alpha", price=flat), *(m for m in CATALOG.values() if m.name != "alpha")])
+
+    with transaction() as db:
+        assert pricing.sync(db, changed) == 1
+    assert view(caller, submit(caller, models=changed)).quoted == Decimal("0.2")
+    with transaction() as db:
+        assert pricing.sync(db, CATALOG) == 1
+    assert view(caller, submit(caller)).quoted == FRAME
+
+
+def test_what_was_in_force_is_kept_by_the_database(books: str) -> None:
+    put("0.0064")
+    put("0.0128", since=in_an_hour())
+
+    for change in (
+        "UPDATE prices SET rate = 1",
+        "UPDATE prices SET source = 'admin' WHERE source = 'catalog'",
+        "UPDATE prices SET valid = tstzrange(lower(valid), now() + interval '2 h') WHERE upper(valid) > now()",
+        "UPDATE prices SET valid = tstzrange(lower(valid), lower(valid) + interval '1 us') WHERE NOT upper_inf(valid)",
+        "DELETE FROM prices WHERE lower(valid) <= now()",
+    ):
+        with pytest.raises(IntegrityError, match=r"never changes|are kept"):
+            ask(change)
+
+
+def test_two_prices_of_a_book_never_overlap(books: str) -> None:
+    put("0.0064", since=in_an_hour())
+
+    with pytest.raises(IntegrityError, match="prices_int4range_valid_excl"):
+        ask(
+            "INSERT INTO prices (book_id, method, currency, rate, valid)"
+            " SELECT book_id, method, currency, 1, tstzrange(now() + interval '10 min', now() + interval '2 h')"
+            " FROM prices WHERE source = 'admin'"
+        )
+
+
+def test_of_two_that_set_a_price_at_once_the_later_stands(books: str) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        with transaction() as db:
+            facts: dict[str, Any] = {"account": None, "model": "alpha"}
+            pricing.set_price(db, CATALOG, rate=Decimal(1), **facts)
+            second = thread.submit(put, "2")
+            until_blocked()
+
+        assert second.result().version == 3
+    assert [p.rate for p in line()] == [Decimal("0.0032"), 1, 2]
+
+
+# ------------------------------------------------------------------------------------------------ over HTTP
+
+
+@pytest.fixture
+def api(database: str) -> Iterator[TestClient]:
+    """The API with the catalog's prices; acme's keys in its headers by role: api.keys."""
+    with transaction() as db:
+        pricing.sync(db, catalog())
+        acme, umbrella = accounts.create(db, "acme"), accounts.create(db, "umbrella")
+        keys = {role.value: accounts.issue_key(db, acme, role=role)[1] for role in Role}
+        keys["umbrella"] = accounts.issue_key(db, umbrella)[1]
+    with TestClient(create_app(), raise_server_exceptions=False) as client:
+        client.headers["Authorization"] = f"Bearer {keys['admin']}"
+        client.app.state.keys = keys  # type: ignore[attr-defined]
+        yield client
+
+
+def as_(api: TestClient, who: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api.app.state.keys[who]}"}  # type: ignore[attr-defined]
+
+
+def test_an_admin_sets_a_price_that_only_the_account_sees(api: TestClient) -> None:
+    # when
+    body = {"model": "starter", "rate": "0.37", "method": "image", "account": "umbrella"}
+    made = api.post("/v1/prices", json=body)
+
+    # then
+    assert made.status_code == 201, made.text
+    assert made.json()["rate"] == "0.37"
+    seen = {
+        who: [
+            p["account"] for p in api.get("/v1/prices?model=starter", headers=as_(api, who)).json()["prices"]
+        ]
+        for who in ("umbrella", "submit")
+    }
+    assert seen == {"umbrella": [None, None, "umbrella"], "submit": [None, None]}
+    quoted = api.post("/v1/jobs", json={"spec": {"prompt": "x"}}, headers=as_(api, "umbrella")).json()[
+        "quoted"
+    ]
+    assert quoted == "0.37"
+
+
+def test_prices_in_the_past_are_shown_when_asked_for(api: TestClient) -> None:
+    api.post("/v1/prices", json={"model": "starter", "rate": "0.01"})
+
+    def rates(query: str) -> list[str]:
+        found = api.get(f"/v1/prices?model=starter{query}").json()["prices"]
+        return [p["rate"] for p in found if p["method"] != "reuse"]
+
+    assert rates("") == ["0.01"]
+    assert rates("&past=true") == ["0.0032", "0.01"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"model": "starter", "rate": 0.1}, "rate"),
+        ({"model": "starter", "rate": "1e3"}, "rate"),
+        ({"model": "starter", "rate": "-1"}, "rate"),
+        ({"model": "starter", "rate": True}, "rate"),
+        ({"model": "starter"}, "rate"),
+        ({"model": "unknown", "rate": "1"}, "model"),
+        ({"model": "starter", "rate": "1", "method": "hour"}, "method"),
+        ({"model": "starter", "rate": "1", "since": "yesterday"}, "since"),
+        ({"model": "starter", "rate": "1", "since": "2020-01-01"}, "since"),
+    ],
+)
+def test_a_price_that_cannot_be_set_names_the_field(
+    api: TestClient, body: dict[str, Any], field: str
+) -> None:
+    answer = api.post("/v1/prices", json=body)
+
+    assert answer.status_code == 422, answer.text
+    assert [e["field"] for e in answer.json()["errors"]] == [field]
+
+
+def test_only_admins_set_prices_and_see_those_of_others(api: TestClient) -> None:
+    new = {"model": "starter", "rate": "1"}
+    assert api.post("/v1/prices", json=new, headers=as_(api, "submit")).status_code == 403
+    assert api.get("/v1/prices?account=acme", headers=as_(api, "umbrella")).status_code == 404
+    assert api.get("/v1/prices?account=umbrella").status_code == 200
+    assert api.post("/v1/prices", json={**new, "account": "nobody"}).status_code == 404

@@ -1720,7 +1720,9 @@ def test_claiming_of_many_frames_reads_the_indexes_it_names_and_one_partition(cr
     # when
     plans = {
         "head": plan("head", values),
-        "claim": plan("claim", {**claiming, "alone": False, "frames": 8, "worker": "a", "lease_s": 60.0}),
+        "claim": plan(
+            "claim", {**claiming, "alone": False, "frames": 8, "worker": "a", "lease_s": 60.0, "engine": None}
+        ),
     }
 
     # then

@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-import http.client
+import json
 import multiprocessing
 import os
 import socket
@@ -10,25 +10,45 @@ import stat
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import UUID, uuid4
 
-import boto3
+import httpx
 import pytest
+from typer.testing import CliRunner
 
+from farm.cli import app
 from farm.errors import Invalid, Misconfigured, NotFound, StorageAway
 from farm.storage import Store, image_key, open_store
+from farm.storage.check import at_start, examine
 from farm.storage.local import LocalStore
-from farm.storage.s3 import S3Store
+from farm.storage.s3 import MULTIPART_OVER, PART_BYTES, S3Store, _forged
+from tests.hostile import (
+    BUCKET,
+    INTERNAL,
+    SECRET,
+    SLOW_DOWN,
+    Fault,
+    Passing,
+    Proxy,
+    client_of,
+    cut_after_store,
+    half_an_answer,
+    half_an_answer_that_claims_to_be_whole,
+    half_an_upload,
+    nothing,
+    other_bytes,
+    other_bytes_kept,
+    refusal,
+    s3_server,
+    silent,
+    trailer_kept,
+)
 
 ACCOUNT = UUID("01920000-0000-7000-8000-000000000001")
-BUCKET = "images"
-SECRET = "wJalrXUtnFEMI"
 
 
 def an_image(size_bytes: int = 5000) -> tuple[str, bytes]:
@@ -41,171 +61,15 @@ def an_image(size_bytes: int = 5000) -> tuple[str, bytes]:
 
 @pytest.fixture(scope="session")
 def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """ministack as a process of its own, on loopback, for as long as the tests run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    folder = str(tmp_path_factory.mktemp("ministack"))
-    env = {
-        "PATH": os.environ.get("PATH", ""),
-        "HOME": folder,
-        "TMPDIR": folder,
-        "BIND_HOST": "127.0.0.1",  # it listens everywhere otherwise
-        "GATEWAY_PORT": str(port),
-        "SERVICES": "s3",
-        "SFTP_ENABLED": "0",
-        "IOT_MTLS_ENABLED": "0",
-    }
-    command = [sys.executable, "-m", "ministack"]
-    with (
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        try:
-            assert server.stdout
-            assert any(b"Running on" in line for line in server.stdout), "ministack did not start"
-            threading.Thread(target=server.stdout.read, daemon=True).start()  # or its log fills the pipe
-            for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-                patch.delenv(name, raising=False)
-            patch.setenv("AWS_ACCESS_KEY_ID", "test")
-            patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-            patch.setenv("NO_PROXY", "127.0.0.1")
-            client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1")
-            client.create_bucket(Bucket=BUCKET)
-            yield port
-        finally:
-            server.terminate()
-            try:
-                server.wait(5)
-            except subprocess.TimeoutExpired:
-                server.kill()
-
-
-class Proxy(ThreadingHTTPServer):
-    """Passes requests on to S3, but for the faults it was told: one a request, in order."""
-
-    daemon_threads = True
-
-    def __init__(self, upstream_port: int) -> None:
-        super().__init__(("127.0.0.1", 0), Passing)
-        self.upstream_port = upstream_port
-        self.forget()
-
-    def forget(self) -> None:
-        self.faults: deque[Fault] = deque()
-        self.seen: list[tuple[str, int, int]] = []  # method, what S3 answered or 0, the client's port
-        self.over = threading.Event()
-
-    def will(self, *faults: "Fault") -> None:
-        self.faults.extend(faults)
-
-    @property
-    def methods(self) -> list[str]:
-        return [method for method, _, _ in self.seen]
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-
-class Passing(BaseHTTPRequestHandler):
-    server: Proxy
-    protocol_version = "HTTP/1.1"
-
-    def handle_any(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.server.faults.popleft() if self.server.faults else None
-        if fault:
-            fault(self, body)
-        else:
-            self.answer(*self.ask(body))
-
-    do_GET = do_PUT = do_DELETE = handle_any  # noqa: N815
-
-    def ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        """What S3 answers to this request with that body."""
-        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream_port, timeout=10)
-        headers = {k: v for k, v in self.headers.items() if k not in {"Expect", "Content-Length"}}
-        headers["Content-Length"] = str(len(body))
-        upstream.request(self.command, self.path, body, headers)
-        answer = upstream.getresponse()
-        found = answer.status, answer.getheaders(), answer.read()
-        upstream.close()
-        self.server.seen.append((self.command, found[0], self.client_address[1]))
-        return found
-
-    def answer(self, status: int, headers: list[tuple[str, str]], body: bytes, *, cut: int = 0) -> None:
-        """Send it, but the last `cut` bytes, and close."""
-        if status == 204:
-            headers = [*headers, ("Content-Length", "0")]
-        self.send_response_only(status)
-        for name, value in headers:
-            if name.lower() not in {"connection", "transfer-encoding"}:
-                self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body[: len(body) - cut])
-        self.close_connection = self.close_connection or cut > 0
-
-    def refuse(self, status: int, code: str) -> None:
-        self.server.seen.append((self.command, 0, self.client_address[1]))
-        body = f"<Error><Code>{code}</Code><Message>no, {SECRET}</Message></Error>".encode()
-        self.answer(status, [("Content-Length", str(len(body))), ("Content-Type", "application/xml")], body)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name upstairs
-        """Say nothing."""
-
-
-Fault = Callable[[Passing, bytes], None]
-
-
-def refusal(status: int, code: str) -> Fault:
-    return lambda request, _: request.refuse(status, code)
-
-
-SLOW_DOWN = refusal(503, "SlowDown")
-INTERNAL = refusal(500, "InternalError")
-
-
-def silent(request: Passing, _: bytes) -> None:
-    request.server.seen.append((request.command, 0, request.client_address[1]))
-    request.server.over.wait(30)
-    request.close_connection = True
-
-
-def cut_after_store(request: Passing, body: bytes) -> None:
-    request.ask(body)
-    request.close_connection = True
-
-
-def half_an_upload(request: Passing, body: bytes) -> None:
-    request.answer(*request.ask(body[: len(body) // 2]))
-
-
-def half_an_answer(request: Passing, body: bytes) -> None:
-    status, headers, found = request.ask(body)
-    request.answer(status, headers, found, cut=len(found) // 2)
-
-
-def half_an_answer_that_claims_to_be_whole(request: Passing, body: bytes) -> None:
-    status, headers, found = request.ask(body)
-    found = found[: len(found) // 2]
-    headers = [(k, v) for k, v in headers if k.lower() != "content-length"]
-    request.answer(status, [*headers, ("Content-Length", str(len(found)))], found)
-
-
-def other_bytes(request: Passing, body: bytes) -> None:
-    status, headers, found = request.ask(body)
-    request.answer(status, headers, bytes(255 - byte for byte in found))
+    """An S3 server for as long as the tests run."""
+    with s3_server(tmp_path_factory.mktemp("ministack")) as port:
+        yield port
 
 
 @pytest.fixture(scope="session")
 def running_proxy(s3_port: int) -> Iterator[Proxy]:
-    with Proxy(s3_port) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with Proxy(s3_port).running() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -656,7 +520,7 @@ def test_every_call_outlasts_a_passing_refusal(behind: S3Store, proxy: Proxy, fa
     proxy.will(fault)
     behind.delete(key)
 
-    assert proxy.methods == ["PUT", "PUT", "GET", "GET", "GET", "GET", "DELETE", "DELETE"]
+    assert proxy.methods == ["PUT", "PUT", "GET", "GET", "GET", "GET", "GET", "GET", "DELETE"]
 
 
 def test_a_connection_cut_after_the_store_wrote_is_no_error(behind: S3Store, proxy: Proxy) -> None:
@@ -835,3 +699,315 @@ def test_a_forked_child_uses_connections_of_its_own(behind: S3Store, proxy: Prox
     assert child.exitcode == 0
     ours, childs, ours_again = (port for _, _, port in proxy.seen)
     assert ours == ours_again != childs
+
+
+# --- uploads in parts ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def first_patient(running_proxy: Proxy) -> S3Store:
+    return S3Store(BUCKET, endpoint=running_proxy.endpoint, region="us-east-1")
+
+
+@pytest.fixture
+def patient(first_patient: S3Store, proxy: Proxy) -> S3Store:
+    """A store patient the proxy that waits for megabytes."""
+    store = S3Store(
+        BUCKET,
+        uuid4().hex,
+        endpoint=proxy.endpoint,
+        region="us-east-1",
+        first_pause_s=0.001,
+        longest_pause_s=0.01,
+    )
+    first_patient._client()
+    store._clients = first_patient._clients
+    return store
+
+
+def big_image() -> tuple[str, bytes]:
+    return an_image(MULTIPART_OVER + 1)
+
+
+PARTS = -(-(MULTIPART_OVER + 1) // PART_BYTES)
+
+
+def uploads_of(store: S3Store, port: int) -> list[str]:
+    """Keys of uploads that were begun and neither completed nor aborted."""
+    found = client_of(port).list_multipart_uploads(Bucket=BUCKET, Prefix=store._prefix).get("Uploads", [])
+    return [upload["Key"] for upload in found]
+
+
+def test_a_large_object_travels_in_parts_and_comes_back_whole(
+    patient: S3Store, proxy: Proxy, s3_port: int
+) -> None:
+    key, data = big_image()
+
+    patient.put(key, data, content_type="image/png")
+
+    assert proxy.methods == ["POST", *["PUT"] * PARTS, "POST"]
+    assert patient.get(key) == data
+    assert uploads_of(patient, s3_port) == []
+
+
+def test_an_object_of_the_limit_travels_in_one(patient: S3Store, proxy: Proxy) -> None:
+    key, data = an_image(MULTIPART_OVER)
+
+    patient.put(key, data, content_type="image/png")
+
+    assert proxy.methods == ["PUT"]
+
+
+def test_a_part_that_was_lost_or_damaged_is_sent_again_alone(patient: S3Store, proxy: Proxy) -> None:
+    key, data = big_image()
+    proxy.will(nothing, SLOW_DOWN, half_an_upload, other_bytes_kept)
+
+    patient.put(key, data, content_type="image/png")
+
+    assert proxy.methods == ["POST", *["PUT"] * (PARTS + 3), "POST"]
+    assert patient.get(key) == data
+
+
+def test_an_upload_in_parts_that_is_refused_leaves_nothing(
+    patient: S3Store, proxy: Proxy, s3_port: int
+) -> None:
+    proxy.will(nothing, nothing, refusal(403, "AccessDenied"))
+
+    with pytest.raises(Misconfigured):
+        patient.put(*big_image(), content_type="image/png")
+
+    assert proxy.methods == ["POST", "PUT", "PUT", "DELETE"]
+    assert uploads_of(patient, s3_port) == []
+    assert list(patient.list()) == []
+
+
+def test_a_completion_whose_answer_was_lost_is_no_error(patient: S3Store, proxy: Proxy, s3_port: int) -> None:
+    key, data = big_image()
+    proxy.will(*[nothing] * (PARTS + 1), cut_after_store, refusal(404, "NoSuchUpload"))
+
+    patient.put(key, data, content_type="image/png")
+
+    assert patient.get(key) == data
+    assert uploads_of(patient, s3_port) == []
+
+
+def test_uploads_that_broke_off_an_hour_ago_are_cleared_and_no_others(
+    patient: S3Store, s3_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_of(s3_port)
+    for key in (f"{patient._prefix}v1/x.png", f"{patient._prefix}others"):
+        client.create_multipart_upload(Bucket=BUCKET, Key=key)
+
+    assert patient.clear_leftovers() == 0
+    monkeypatch.setattr("farm.storage.s3.LEFTOVER_AGE", timedelta(seconds=-5))
+
+    assert patient.clear_leftovers() == 1
+    assert uploads_of(patient, s3_port) == [f"{patient._prefix}others"]
+
+
+# --- versions ------------------------------------------------------------------------------------
+
+
+def versions_of(port: int, bucket: str) -> list[dict]:
+    found = client_of(port).list_object_versions(Bucket=bucket)
+    return [*found.get("Versions", []), *found.get("DeleteMarkers", [])]
+
+
+def test_where_versions_are_kept_a_delete_takes_each_of_them_and_no_others(
+    proxy: Proxy, s3_port: int
+) -> None:
+    # given a bucket like B2's: an object stored twice, hidden, and stored again
+    bucket, client = f"versions-{uuid4().hex[:8]}", client_of(s3_port)
+    client.create_bucket(Bucket=bucket)
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    store = S3Store(bucket, endpoint=proxy.endpoint, region="us-east-1", first_pause_s=0.001)
+    (key, data), (other, others) = an_image(), an_image()
+    store.put(key, data, content_type="image/png")
+    store.put(key, data, content_type="image/png")
+    client.delete_object(Bucket=bucket, Key=key)
+    store.put(key, data, content_type="image/png")
+    store.put(other, others, content_type="image/png")
+    assert len(versions_of(s3_port, bucket)) == 5
+
+    # when
+    store.delete(key)
+    store.delete(key)
+    store.delete(an_image()[0])
+
+    # then not even a marker is left
+    assert [v["Key"] for v in versions_of(s3_port, bucket)] == [other]
+    assert store.get(other) == others
+
+
+def test_a_store_that_does_not_list_versions_deletes_what_is_there(behind: S3Store, proxy: Proxy) -> None:
+    key, data = an_image()
+    behind.put(key, data, content_type="image/png")
+    proxy.will(refusal(501, "NotImplemented"))
+
+    behind.delete(key)
+
+    with pytest.raises(NotFound):
+        behind.get(key)
+
+
+# --- encryption, storage class, B2 ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size_bytes", [5000, MULTIPART_OVER + 1])
+def test_encryption_and_storage_class_are_asked_for_with_each_upload(s3_port: int, size_bytes: int) -> None:
+    prefix = uuid4().hex
+    store = open_store(
+        f"s3://{BUCKET}/{prefix}?endpoint=http://127.0.0.1:{s3_port}&region=us-east-1"
+        "&sse=aws:kms&kms_key=alias/images&storage_class=STANDARD_IA"
+    )
+    key, data = an_image(size_bytes)
+
+    store.put(key, data, content_type="image/png")
+
+    head = client_of(s3_port).head_object(Bucket=BUCKET, Key=f"{prefix}/{key}")
+    assert head["ServerSideEncryption"] == "aws:kms"
+    assert head["SSEKMSKeyId"].endswith("alias/images")
+    assert head["StorageClass"] == "STANDARD_IA"
+    assert head["ContentType"] == "image/png"
+    assert store.get(key) == data
+
+
+B2 = "endpoint=https://s3.us-west-004.backblazeb2.com"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "sse=AES128",
+        "sse=",
+        "kms_key=abc",
+        "sse=AES256&kms_key=abc",
+        "sse=aws:kms&kms_key=a%20b",
+        "storage_class=GLACIER",
+        "storage_class=DEEP_ARCHIVE",
+        "storage_class=cheap",
+        "sse=AES256&sse=AES256",
+        f"{B2}&sse=aws:kms",
+        f"{B2}&storage_class=STANDARD_IA",
+    ],
+)
+def test_a_wrong_encryption_or_storage_class_is_refused_with_what_is_allowed(query: str) -> None:
+    with pytest.raises(Misconfigured, match="FARM_STORAGE_URL"):
+        open_store(f"s3://bucket?{query}")
+
+
+def test_b2_signs_with_the_region_of_its_endpoint() -> None:
+    store = open_store(f"s3://bucket?{B2}&sse=AES256")
+
+    assert isinstance(store, S3Store)
+    assert store._region == "us-west-004"
+
+
+def test_a_store_that_refuses_what_b2_refuses_holds_images(behind: S3Store, proxy: Proxy) -> None:
+    proxy.weather = {"like B2": 1.0}
+    key, data = an_image()
+
+    behind.put(key, data, content_type="image/png")
+    found = {f.what: f for f in examine(behind)}
+
+    assert behind.get(key) == data
+    assert found["conditional write"].state == "no"
+    assert "501 NotImplemented" in found["conditional write"].detail
+    assert {f.state for what, f in found.items() if what not in ("conditional write", "encryption")} == {"ok"}
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+
+def test_a_signed_url_needs_no_key_and_no_other_signature_will_do(behind: S3Store) -> None:
+    key, data = an_image()
+    behind.put(key, data, content_type="image/png")
+
+    url = behind.url(key, expires_s=600, content_type="image/webp", filename="job-1.webp")
+
+    assert url
+    answer = httpx.get(url)
+    assert answer.content == data
+    assert answer.headers["content-type"] == "image/webp"
+    assert answer.headers["content-disposition"] == 'inline; filename="job-1.webp"'
+    assert "X-Amz-Expires=600" in url
+    assert httpx.get(_forged(url)).status_code == 403
+    assert SECRET not in url
+
+
+def test_a_folder_leaves_signing_to_the_api(folder: Path) -> None:
+    assert LocalStore(folder).url("v1/x", expires_s=1, content_type="image/png", filename="x") is None
+
+
+# --- the self-test -------------------------------------------------------------------------------
+
+
+def test_an_examination_says_what_the_store_can_do_and_leaves_nothing(store: Store) -> None:
+    found = {f.what: f.state for f in examine(store)}
+
+    assert found["write, list, read back, delete"] == "ok"
+    assert found["signed URLs"] == "ok"
+    assert found["delete"] == "ok"
+    if isinstance(store, S3Store):
+        assert found["conditional write"] == "ok"
+        assert found["multipart upload"] == "ok"
+        assert found["versions"] == "ok"
+    assert list(store.list()) == []
+
+
+@pytest.mark.parametrize("puts_before", [0, 1])
+def test_a_store_that_keeps_the_checksum_with_the_bytes_is_refused(
+    behind: S3Store, proxy: Proxy, puts_before: int
+) -> None:
+    def sometimes(request: Passing, body: bytes) -> None:
+        puts = proxy.methods.count("PUT")
+        (trailer_kept if request.command == "PUT" and puts >= puts_before else nothing)(request, body)
+
+    proxy.will(*[sometimes] * 200)
+
+    with pytest.raises(Misconfigured, match="other bytes"):
+        list(examine(behind))
+
+    proxy.faults.clear()
+    assert list(behind.list()) == []
+
+
+def test_a_store_that_is_away_keeps_no_process_from_starting_and_one_that_lies_does(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    at_start(folder.as_uri(), tell=told.append)
+    url = folder.with_name("lies").as_uri()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "get", lambda *_: b"")
+        with pytest.raises(Misconfigured):
+            at_start(url, tell=told.append)
+
+    def away(*_: object, **__: object) -> None:
+        raise StorageAway
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "put", away)
+        at_start(url, tell=told.append)
+
+    assert told == ["up", "wrong", "away"]
+
+
+def test_the_command_shows_a_table_or_json_and_fails_for_a_store_that_cannot_be_used(
+    store: Store, folder: Path, s3_port: int
+) -> None:
+    url = f"s3://{BUCKET}?endpoint=http://127.0.0.1:{s3_port}&region=us-east-1"
+    if isinstance(store, LocalStore):
+        url = folder.as_uri()
+
+    shown = CliRunner().invoke(app, ["storage", "check", url])
+    as_json = CliRunner().invoke(app, ["storage", "check", url, "--json"])
+    failed = CliRunner().invoke(app, ["storage", "check", url.replace(BUCKET, "no-such"), "--json"])
+
+    assert (shown.exit_code, as_json.exit_code) == (0, 0)
+    assert "write, list, read back, delete" in shown.stdout
+    assert {row["state"] for row in json.loads(as_json.stdout)} <= {"ok", "unneeded", "unknown"}
+    if isinstance(store, S3Store):
+        assert failed.exit_code == 1
+        assert "no such bucket" in json.loads(failed.stdout)[-1]["detail"]

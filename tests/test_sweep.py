@@ -1,14 +1,8 @@
 """The sweep: each chore puts right what it is there for, once, whoever else sweeps."""
 
-import hashlib
-import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Event
-from typing import Any
-from uuid import UUID
 
 import psycopg
 import pytest
@@ -19,7 +13,6 @@ from farm.db import transaction
 from farm.embedded.process import free_port
 from farm.errors import BrokerAway
 from farm.settings import settings
-from farm.storage import image_key, open_store
 from farm.sweep import CHORES, LOCK, Chore
 from tests.factories import (
     CATALOG,
@@ -33,7 +26,6 @@ from tests.factories import (
     one,
     settle,
     statuses,
-    stored,
     submission,
     submit,
     view,
@@ -285,86 +277,6 @@ def test_partitions_are_made_ahead_of_months_and_of_numbers(books: str) -> None:
     ask("INSERT INTO events (number, account_id, job_id, kind, data, at) SELECT 15000000, gen_random_uuid(),"
         " gen_random_uuid(), 'x', '{}', now()")  # fmt: skip
     submit(account())
-
-
-# ------------------------------------------------------------------------------------------------ orphans
-
-
-def put(account_id: UUID, content: bytes, *, old: bool, root: Path) -> str:
-    """Store a file, and let it be older than the grace, or younger."""
-    key = image_key(account_id, hashlib.sha256(content).digest(), "png")
-    open_store(settings().storage_url.get_secret_value()).put(key, content, content_type="image/png")
-    age_s = settings().orphan_grace_s * (1.1 if old else 0.9)
-    os.utime(root / key, (time.time() - age_s, time.time() - age_s))
-    return key
-
-
-@pytest.fixture
-def root(store_url: str) -> Path:
-    return Path(store_url.removeprefix("file://"))
-
-
-def test_a_file_without_a_row_goes_after_the_grace_and_not_before(books: str, root: Path) -> None:
-    # given
-    caller = account()
-    old = put(caller.account_id, b"old", old=True, root=root)
-    young = put(caller.account_id, b"young", old=False, root=root)
-
-    # when
-    assert do("orphans") == 1
-
-    # then
-    assert not (root / old).exists()
-    assert (root / young).exists()
-
-
-def test_a_file_with_a_row_never_goes(books: str, root: Path) -> None:
-    # given images of done frames, older than any grace
-    caller = account()
-    submit(caller, 3)
-    pack = must_claim()
-    settle(pack)
-    for frame in pack.frames:
-        put(caller.account_id, frame.id.bytes, old=True, root=root)
-
-    # then
-    assert do("orphans") == 0
-    assert all((root / s.key).exists() for s in stored(pack))
-
-
-def test_a_file_that_is_no_image_of_ours_is_left_alone(books: str, root: Path) -> None:
-    (root / "v2").mkdir()
-    (root / "v2" / "other").write_bytes(b"x")
-    os.utime(root / "v2" / "other", (0, 0))
-
-    assert do("orphans") == 0
-    assert (root / "v2" / "other").exists()
-
-
-def test_a_file_stored_again_while_the_sweep_lists_is_kept(
-    books: str, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # given an old orphan whose frame is rendered again just now: the same bytes, under the same key
-    caller = account()
-    submit(caller)
-    pack = must_claim()
-    (image,) = stored(pack)
-    put(caller.account_id, pack.frames[0].id.bytes, old=True, root=root)
-    remove = sweep._remove_orphans
-
-    def store_then_remove(*args: Any, **named: Any) -> int:
-        store = open_store(settings().storage_url.get_secret_value())
-        store.put(image.key, pack.frames[0].id.bytes, content_type="image/png")
-        return remove(*args, **named)
-
-    monkeypatch.setattr(sweep, "_remove_orphans", store_then_remove)
-
-    # when
-    do("orphans")
-    settle(pack)
-
-    # then its row has a file
-    assert (root / image.key).exists()
 
 
 # ------------------------------------------------------------------------------------------------ two sweeps

@@ -18,6 +18,7 @@ from types import FrameType
 from farm.catalog import catalog
 from farm.errors import FarmError
 from farm.settings import settings
+from farm.storage.check import at_start
 
 log = logging.getLogger("workers")
 
@@ -75,6 +76,7 @@ def _run_node(pool: str, device: str) -> int:
     # before torch is imported anywhere below
     os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("gpu") if device.startswith("gpu") else ""
     os.environ["OMP_NUM_THREADS"] = "1"
+    at_start(settings().storage_url.get_secret_value())  # one that changes bytes gets none of ours
     from workers.node import Node
 
     return Node(pool=pool, name=f"{pool}-{device}@{socket.gethostname()}").run()

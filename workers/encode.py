@@ -9,7 +9,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from typing import Any, assert_never
 from xml.etree import ElementTree as ET
@@ -81,9 +81,25 @@ def provenance(spec: Spec, seed: int, model: Model, *, prompt: bool = False) -> 
 
 
 @cache
+def versions() -> Mapping[str, str]:
+    """What renders here, without importing it."""
+    return {name.removeprefix("image-"): _version(name) for name in ("image-farm", "diffusers", "torch")}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a checkout that was not installed
+        return "0"
+
+
 def engine_version() -> str:
-    """Name what renders here, without importing it."""
-    return ", ".join(f"{name} {version(name)}" for name in ("diffusers", "torch"))
+    return ", ".join(f"{name} {number}" for name, number in versions().items())
+
+
+def engine_of(model: Model) -> dict[str, str]:
+    """What renders a model here: versions, and which checkpoint. A pack keeps it."""
+    return {**versions(), "revision": model.revision, "dtype": model.dtype}
 
 
 def _embedded(fmt: Format, metadata: Mapping[str, str]) -> dict[str, Any]:

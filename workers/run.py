@@ -22,6 +22,7 @@ from farm.queue import ClaimedFrame, ClaimedPack
 from farm.settings import settings
 from farm.storage import open_store
 from workers.books import book
+from workers.encode import engine_of
 from workers.engine import Ask, Cancelled, Engine, Pixels, open_engine
 from workers.gpu import Capacity, release
 from workers.leases import Leases
@@ -172,7 +173,12 @@ class Worker:
     def _claim_in(self, db: Session, limits: dict[str, PackLimit]) -> ClaimedPack | None:
         # every other pack at most is an aged lane's: ageing bounds a wait, it does not undo the classes
         return queue.claim_pack(
-            db, models=list(limits), worker=self.name, limits=limits, ageing=not self._aged_last
+            db,
+            models=list(limits),
+            worker=self.name,
+            limits=limits,
+            ageing=not self._aged_last,
+            engines={name: engine_of(self._models[name]) for name in limits},
         )
 
     # ------------------------------------------------------------------------------------------ rendering

@@ -10,15 +10,18 @@ import logging
 import queue as queues
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from uuid import UUID
 
-from farm import queue
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from farm import queue, retention
 from farm.catalog import Model
 from farm.errors import Away, RenderFailed
-from farm.queue import ClaimedFrame, ClaimedPack, StoredFrame
+from farm.queue import ClaimedFrame, ClaimedPack, Settled, StoredFrame
 from farm.settings import settings
 from farm.spec import CONTENT_TYPE
 from farm.storage import Store, image_key
@@ -45,6 +48,30 @@ class _Open:
     gpu_ms: int
     left: int  # not yet booked
     stored: int = 0
+
+
+def settle_revived(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, int]) -> Settled:
+    """Settle frames among whose images are some that were deleted once.
+
+    What is certainly in the store anew is booked; the rest is given back, and rendered again.
+    """
+    facts = [
+        {
+            "key": s.key,
+            "pack_id": s.pack_id,
+            "pixel_sha256": s.pixel_sha256.hex(),
+            "bytes": s.bytes,
+            "width": s.width,
+            "height": s.height,
+        }
+        for s in stored
+    ]
+    revived = retention.revive(db, facts)
+    settled = queue.settle(db, [s for s in stored if s.key not in revived.refused], gpu_ms=gpu_ms)
+    retention.bury(db, revived.images)  # those of frames that the fence left out
+    if back := [s for s in stored if s.key in revived.refused]:
+        queue.release(db, sorted({s.pack_id for s in back}), frames=[s.frame_id for s in back])
+    return settled
 
 
 class Shelf:
@@ -110,7 +137,9 @@ class Shelf:
             self._stored.put((entry, stored))
 
     def _encode_and_put(self, entry: _Open, model: Model, frame: ClaimedFrame, pixels: Pixels) -> StoredFrame:
-        data = encode(pixels, frame.spec.format, provenance(frame.spec, frame.seed, model))
+        data = encode(
+            pixels, frame.spec.format, provenance(frame.spec, frame.seed, model, prompt=frame.prompt)
+        )
         sha256 = hashlib.sha256(data).digest()
         key = image_key(frame.account_id, sha256, frame.spec.format)
         while True:
@@ -136,6 +165,7 @@ class Shelf:
             bytes=len(data),
             width=width,
             height=height,
+            prompt=frame.prompt,
         )
 
     def _fail(self, pack_id: int, reason: str, frames: Sequence[UUID]) -> None:
@@ -175,7 +205,11 @@ class Shelf:
         for pack_id in gpu_ms:
             self._leases.progress(pack_id)
         self._reached("before commit")
-        settled = book(lambda db: queue.settle(db, stored, gpu_ms=gpu_ms), give_up=self._quit)
+        try:
+            settled = book(lambda db: queue.settle(db, stored, gpu_ms=gpu_ms), give_up=self._quit)
+        except IntegrityError as e:  # an image of these was deleted once: or else it is raised again
+            log.info("settling again with images that were deleted: %s", e.orig)
+            settled = book(lambda db: settle_revived(db, stored, gpu_ms=gpu_ms), give_up=self._quit)
         self._reached("after commit")
         if settled is None:
             return

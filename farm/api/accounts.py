@@ -1,15 +1,15 @@
 """Accounts and their API keys."""
 
-from typing import Annotated
+from typing import Annotated, Self
 from uuid import UUID
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from farm import accounts, answers, ids
-from farm.accounts import Role
+from farm import accounts, answers, ids, retention
+from farm.accounts import Caller, Role
 from farm.api.auth import Admin, Reader
 from farm.api.bodies import Body, described, read
 from farm.api.params import AccountName, KeyId
@@ -29,6 +29,27 @@ class NewAccount(BaseModel):
     weight: Annotated[
         int, Field(strict=True, description="1 to 1000: its part of a class, against others'")
     ] = 1
+
+
+class ChangedAccount(BaseModel):
+    """What may be changed of an account: what is left out stays as it is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    retention_days: Annotated[
+        int | None,
+        Field(strict=True, description="1 to 36500: images go so long after their job's end; null: never"),
+    ] = None
+    prompt_in_images: Annotated[
+        bool,
+        Field(strict=True, description="whether images carry their prompt inside, from now on"),
+    ] = False
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError("send retention_days, prompt_in_images or both")
+        return self
 
 
 class WantedKey(BaseModel):
@@ -73,6 +94,28 @@ def add_account(caller: Admin, body: Body) -> answers.Account:
             return _account(account)
     except IntegrityError:  # another request was faster
         raise Conflict("an account of this name exists", name=new.name) from None
+
+
+@router.patch(
+    "/accounts/{name}",
+    tags=["admin"],
+    responses=documented(403, 404, 413, 422),
+    openapi_extra=described(ChangedAccount),
+)
+def change_account(caller: Admin, name: AccountName, body: Body) -> answers.Account:
+    """Say for how long an account's images are kept, and whether they carry their prompt.
+
+    What is past its time goes within minutes, for good.
+    """
+    change = read(ChangedAccount, body)
+    with transaction() as db:
+        account = _find(db, name)
+        if "retention_days" in change.model_fields_set:
+            retention.keep_for(account, change.retention_days)
+        if "prompt_in_images" in change.model_fields_set:
+            account.prompt_in_images = change.prompt_in_images
+        db.flush()
+        return _account(account)
 
 
 @router.get("/accounts/{name}/keys", tags=["admin"], responses=documented(403, 404))
@@ -120,6 +163,18 @@ def revoke_key(caller: Admin, key: KeyId) -> answers.Key:
         return _found_key(db, key_id)
 
 
+def named(db: Session, caller: Caller, name: str | None) -> Account:
+    """The account a request is about: the caller's own, or another that an admin names.
+
+    Raises NotFound if there is none, and for another's if the caller is no admin.
+    """
+    if name is None or name == caller.account:
+        return db.get_one(Account, caller.account_id)
+    if caller.role is not Role.ADMIN:
+        raise NotFound(account=name)
+    return _find(db, name)
+
+
 def _find(db: Session, name: str) -> Account:
     if not accounts.NAME.fullmatch(name):  # no account has such a name, and Postgres may not even take it
         raise NotFound(account=name)
@@ -138,6 +193,8 @@ def _account(account: Account) -> answers.Account:
         currency=account.currency,
         weight=account.weight,
         created_at=account.created_at,
+        retention_days=account.retention_days,
+        prompt_in_images=account.prompt_in_images,
     )
 
 

@@ -1,6 +1,7 @@
 """The FastAPI app."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -13,13 +14,63 @@ from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from farm.api import accounts, frames, health, jobs, metrics, models, problems, sheets, usage, workers
+from farm import answers
+from farm.api import (
+    accounts,
+    budget,
+    frames,
+    health,
+    images,
+    jobs,
+    margin,
+    metrics,
+    models,
+    prices,
+    problems,
+    provenance,
+    quotes,
+    sheets,
+    statements,
+    usage,
+    workers,
+)
 from farm.api.observed import Observed
 from farm.api.progress import Progress
+from farm.errors import FarmError
 from farm.jobs import Submission
 from farm.settings import settings
+from farm.storage.check import at_start
 
-BODIES = (Submission, jobs.Change, accounts.NewAccount, accounts.WantedKey)
+BODIES = (
+    Submission,
+    jobs.Change,
+    accounts.NewAccount,
+    accounts.ChangedAccount,
+    accounts.WantedKey,
+    statements.Closing,
+    usage.NewReversal,
+    prices.NewPrice,
+    budget.WantedBudget,
+)
+LINES = (answers.UsageEntry,)  # of NDJSON
+ROUTERS = (
+    jobs.router,
+    sheets.router,
+    frames.router,
+    provenance.router,
+    images.router,
+    usage.router,
+    statements.router,
+    margin.router,
+    models.router,
+    prices.router,
+    quotes.router,
+    budget.router,
+    accounts.router,
+    workers.router,
+    health.router,
+    metrics.router,
+)
 REF = "#/components/schemas/{model}"
 DESCRIPTION = """A render farm for generated images.
 
@@ -33,6 +84,8 @@ TAGS = [
     {"name": "jobs", "description": "One submission: one or many frames, one priority."},
     {"name": "frames", "description": "One image of a job, one seed."},
     {"name": "usage", "description": "What was used and what it cost."},
+    {"name": "prices", "description": "What a unit costs, since when and until when."},
+    {"name": "budgets", "description": "What may be spent, and what of it is gone."},
     {"name": "models", "description": "What may be asked of each model."},
     {"name": "accounts", "description": "Who pays, and how they prove it."},
     {"name": "admin", "description": "Needs a key with role admin."},
@@ -70,7 +123,10 @@ def _correct(operation: dict[str, Any], *, is_open: bool) -> None:
 
 
 def _schemas() -> dict[str, Any]:
-    wanted: list[tuple[type[BaseModel], Any]] = [(m, "validation") for m in (*BODIES, problems.Problem)]
+    wanted: list[tuple[type[BaseModel], Any]] = [
+        *((m, "validation") for m in (*BODIES, problems.Problem)),
+        *((m, "serialization") for m in LINES),
+    ]
     _, schema = models_json_schema(wanted, ref_template=REF)
     found: dict[str, Any] = schema["$defs"]
     found["Submission"]["oneOf"] = [{"required": ["spec"]}, {"required": ["specs"]}]
@@ -82,10 +138,20 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     # a thread more than connections would only wait for one of them, and fail after 5 s
     current_default_thread_limiter().total_tokens = settings().pool_size
     following = asyncio.create_task(app.state.progress.follow())
+    # a thread that nobody waits for: neither a request nor the end of the process
+    threading.Thread(target=_examine_store, args=(app,), name="store check", daemon=True).start()
     yield
     following.cancel()
     with suppress(asyncio.CancelledError):
         await following
+
+
+def _examine_store(app: FastAPI) -> None:
+    def tell(state: str) -> None:
+        app.state.store = state
+
+    with suppress(FarmError):  # it is logged, and /health/ready says it
+        at_start(settings().storage_url.get_secret_value(), tell=tell)
 
 
 def _operation(route: APIRoute) -> str:
@@ -113,9 +179,10 @@ def create_app() -> FastAPI:
     )
     app.state.registry = CollectorRegistry()
     app.state.registry.register(metrics.FarmCollector())
+    app.state.store = "unknown"
     app.state.progress = Progress(settings().broker_url.get_secret_value())
     problems.install(app)
-    for noun in (jobs, sheets, frames, usage, models, accounts, workers, health, metrics):
-        app.include_router(noun.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.add_middleware(Observed, registry=app.state.registry)
     return app

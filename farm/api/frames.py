@@ -1,13 +1,14 @@
 """Frames of a job, and their images."""
 
 import logging
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from farm import answers, ids, jobs
 from farm.accounts import Caller
-from farm.api import shown
+from farm.api import links, shown
 from farm.api.auth import Reader
 from farm.api.params import FrameId, Index, JobId, job_id
 from farm.api.problems import documented
@@ -75,6 +76,7 @@ BYTES = {"schema": {"type": "string", "format": "binary"}}
             "headers": {"ETag": {"description": "its SHA-256", "schema": {"type": "string"}}},
         },
         304: {"description": "it is what If-None-Match names"},
+        307: {"description": "where it is, with redirect"},
         **documented(404, 409, 410, 422),
     },
 )
@@ -82,10 +84,18 @@ def show_image(
     caller: Reader,
     job: JobId,
     index: Index,
+    request: Request,
+    *,
+    redirect: Annotated[
+        bool, Query(description="answer with a link that works without a key for a while")
+    ] = False,
     if_none_match: Annotated[str | None, Header(description="an ETag that is at hand")] = None,
 ) -> Response:
-    """A frame's image as it is stored; 409 while there is none, 410 if there will be none."""
+    """A frame's image as it is stored; 409 while there is none, 410 if there will be none or it was deleted."""
     image = _image(caller, job, index)
+    if redirect:
+        link = _link(image, job, index, request)
+        return Response(status_code=307, headers={"Location": link.url, "Cache-Control": "no-store"})
     tag = f'"{image.sha256.hex()}"'
     headers = {
         "ETag": tag,
@@ -101,6 +111,30 @@ def show_image(
         raise Gone("the stored file is gone", job=job, index=index) from None
     headers["Content-Disposition"] = f'inline; filename="{job}-{index}.{image.format}"'
     return Response(data, media_type=shown.content_type(image), headers=headers)
+
+
+@router.get("/jobs/{job}/frames/{index}/image-url", responses=documented(404, 409, 410, 422))
+def show_image_url(
+    caller: Reader, job: JobId, index: Index, request: Request, response: Response
+) -> answers.ImageUrl:
+    """A link to a frame's image that works without a key until it expires: hand it to a browser or a service."""
+    image = _image(caller, job, index)
+    response.headers["Cache-Control"] = "no-store"
+    return _link(image, job, index, request)
+
+
+def _link(image: Image, job: str, index: int, request: Request) -> answers.ImageUrl:
+    store = open_store(settings().storage_url.get_secret_value())
+    expires_at = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=settings().url_s)
+    url = store.url(
+        image.key,
+        expires_s=settings().url_s,
+        content_type=shown.content_type(image),
+        filename=f"{job}-{index}.{image.format}",
+    )
+    if url is None:
+        url = f"{Around.of(request).url}/v1/files/{links.sign(image.key, expires_at)}"
+    return answers.ImageUrl(url=url, expires_at=expires_at)
 
 
 def _image(caller: Caller, job: str, index: int) -> Image:

@@ -30,6 +30,9 @@ class Ready(BaseModel):
     ready: bool
     database: str = Field(description="up, away, or 'not migrated'")
     redis: str = Field(description="up, away or unused; without it jobs are taken all the same")
+    store: str = Field(
+        description="as it was when this process began: up, away, wrong (see the log), or unknown; jobs are taken"
+    )
 
 
 @router.get("/live")
@@ -42,7 +45,12 @@ async def live() -> Live:
 async def ready(request: Request) -> JSONResponse:
     """The database answers within 2 s and has the tables this farm works with."""
     database = await _database()
-    state = Ready(ready=database == "up", database=database, redis=request.app.state.progress.state)
+    state = Ready(
+        ready=database == "up",
+        database=database,
+        redis=request.app.state.progress.state,
+        store=request.app.state.store,
+    )
     return JSONResponse(state.model_dump(), 200 if state.ready else 503)
 
 

@@ -51,7 +51,7 @@ EXAMPLES = (
     status_code=202,
     responses={
         202: {"headers": {"Location": {"description": "the job", "schema": {"type": "string"}}}},
-        **documented(403, 409, 413, 422),
+        **documented(402, 403, 404, 409, 410, 413, 422),
     },
     openapi_extra=described(Submission, *EXAMPLES),
 )
@@ -69,6 +69,7 @@ def submit_job(
         made, is_new = jobs.submit(
             db, caller, submission, idempotency_key=key, body_sha256=hashlib.sha256(body).digest()
         )
+    with transaction() as db:  # another one: of an account with a budget the first lets nobody else in
         models = jobs.models_of(db, made) if is_new else []
         answer = shown.job(db, jobs.find(db, caller.account_id, made), Around.of(request))
     tokens.wake(models)

@@ -20,10 +20,12 @@ JobId = Annotated[
 FrameId = Annotated[str, Path(examples=["frm_0192f0c1a2b37c4d8e5f6a7b8c000001"])]
 KeyId = Annotated[str, Path(examples=["key_0192f0c1a2b37c4d8e5f6a7b8c000000"])]
 AccountName = Annotated[str, Path(examples=["acme"])]
+OfAccount = Annotated[str | None, Query(description="another account's, for admins", examples=["acme"])]
 Index = Annotated[int, Path(ge=0, le=ids.MAX_FRAMES - 1, description="of the frame in its job, from 0")]
 
 
-def _utc(moment: datetime) -> datetime:
+def utc(moment: datetime) -> datetime:
+    """The moment in UTC; without a zone it is."""
     try:
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except OverflowError:
@@ -33,7 +35,7 @@ def _utc(moment: datetime) -> datetime:
 Moment = Annotated[
     datetime,
     Query(description="RFC 3339; without a zone it is UTC", examples=["2026-01-31T00:00:00Z"]),
-    AfterValidator(_utc),
+    AfterValidator(utc),
 ]
 IdempotencyHeader = Annotated[
     str | None,

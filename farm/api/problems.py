@@ -150,6 +150,7 @@ def install(app: FastAPI) -> None:
 
 WHEN = {
     401: Unauthorized,
+    402: errors.BudgetExceeded,
     403: Forbidden,
     404: NotFound,
     409: errors.Conflict,

@@ -36,7 +36,7 @@ def show_sheet(caller: Reader, job: JobId) -> Response:
             seed=f.seed,
             width=f.spec["width"],
             height=f.spec["height"],
-            key=None if f.image_id is None else images[f.image_id].key,
+            key=images[f.id].key if f.id in images else None,
         )
         for f in frames
     ]

@@ -94,15 +94,21 @@ def frame(db: Session, row: Frame, around: Around) -> answers.Frame:
 
 def frame_list(db: Session, rows: Sequence[Frame], around: Around) -> list[answers.Frame]:
     images, costs, cancelled = images_of(db, rows), _costs_of(db, rows), cancelled_among(db, rows)
-    return [
-        _frame(r, images.get(r.image_id or 0), costs.get(r.id), r.job_id in cancelled, around) for r in rows
-    ]
+    return [_frame(r, images.get(r.id), costs.get(r.id), r.job_id in cancelled, around) for r in rows]
 
 
-def images_of(db: Session, rows: Iterable[Frame]) -> Mapping[int, Image]:
-    """The images of these frames, by their id."""
-    wanted = {r.image_id for r in rows if r.image_id is not None}
-    return {i.id: i for i in db.scalars(select(Image).where(Image.id.in_(wanted)))} if wanted else {}
+def images_of(db: Session, rows: Iterable[Frame]) -> Mapping[UUID, Image]:
+    """The images of these frames that are still there, by their frame's id."""
+    wanted = {r.id: r.image_id for r in rows if r.image_id is not None}
+    if not wanted:
+        return {}
+    found = (
+        select(Frame.id, Image)
+        .join(Image, Image.id == Frame.image_id)
+        .join(Job, Job.id == Frame.job_id)
+        .where(Frame.id.in_(wanted), Image.deleted_at.is_(None), Job.images_deleted_at.is_(None))
+    )
+    return dict(db.execute(found).tuples().all())
 
 
 def cancelled_among(db: Session, rows: Iterable[Frame]) -> set[UUID]:
@@ -136,6 +142,7 @@ def _frame(
         seed=row.seed,
         spec=row.spec,
         cost=None if cost is None else pricing.shown(cost),
+        reused=row.reused,
         image=image and _image(image, f"{around.url}/v1/jobs/{name}/frames/{row.index}/image"),
         reason=row.reason,
         ended_at=row.ended_at,

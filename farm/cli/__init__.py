@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from farm.cli import admin, jobs, serve, show
+from farm.cli import admin, books, frames, jobs, money, serve, show, storage
 from farm.cli.session import read_env_file
 from farm.errors import FarmError, Invalid, Unauthorized
 from farm.settings import settings
@@ -19,7 +19,15 @@ app = typer.Typer(
     help="A render farm for generated images. FARM_URL and FARM_API_KEY say which farm, and as whom; on the "
     "machine of `farm up` they need not be set.",
 )
-for group, title in ((jobs.app, "Jobs"), (admin.app, "The farm"), (serve.app, "Processes")):
+for group, title in (
+    (jobs.app, "Jobs"),
+    (frames.app, "Jobs"),
+    (storage.app, "The store"),
+    (books.app, "The books"),
+    (money.app, "Money"),
+    (admin.app, "The farm"),
+    (serve.app, "Processes"),
+):
     app.add_typer(group, rich_help_panel=title)
 
 

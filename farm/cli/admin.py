@@ -66,10 +66,23 @@ def workers(json: Json = False) -> None:
 
 
 @app.command()
-def audit(offline: IsOffline = False, json: Json = False) -> None:
+def audit(
+    images: Annotated[
+        str | None, typer.Option(help="read stored images too: all, or how many at random", metavar="all|N")
+    ] = None,
+    offline: IsOffline = False,
+    json: Json = False,
+) -> None:
     """Check every fact of the books. Exits with 1 if one is not as it must be."""
+    sample = _sample(images)
     with _books(offline) as books:
         wrong = books.audit()
+        if images is not None:
+            checked = 0
+            for page in books.audit_images(sample):
+                checked += page.checked
+                wrong.extend(page.violations)
+            show.complain(f"{checked} images read")
     if json:
         show.as_json(wrong)
     elif wrong:
@@ -82,6 +95,15 @@ def audit(offline: IsOffline = False, json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+def _sample(images: str | None) -> int | None:
+    """How many images to read; None: all of them."""
+    if images is None or images == "all":
+        return None
+    if images.isascii() and images.isdigit() and len(images) < 10 and int(images):
+        return int(images)
+    raise typer.BadParameter("allowed are all, or a number from 1", param_hint="--images")
+
+
 @accounts.command("list")
 def list_accounts(offline: IsOffline = False, json: Json = False) -> None:
     """List accounts."""
@@ -91,8 +113,8 @@ def list_accounts(offline: IsOffline = False, json: Json = False) -> None:
         show.as_json(listed)
         return
     show.table(
-        ("account", "currency", ">weight", "created (UTC)"),
-        [(a.name, a.currency, a.weight, a.created_at) for a in listed],
+        ("account", "currency", ">weight", ">images kept, days", "created (UTC)"),
+        [(a.name, a.currency, a.weight, a.retention_days or "for ever", a.created_at) for a in listed],
         empty="no accounts yet: farm accounts add NAME",
     )
 
@@ -111,6 +133,46 @@ def add_account(
     show.as_json(added) if json else show.say(
         f"account {added.name} added; its first key: farm keys add {added.name}"
     )
+
+
+@accounts.command("set")
+def set_account(
+    name: str,
+    retention_days: Annotated[
+        str | None,
+        typer.Option(help="days that images are kept after their job's end: 1 to 36500, or: forever"),
+    ] = None,
+    prompt_in_images: Annotated[
+        bool | None,
+        typer.Option("--prompt-in-images/--no-prompt-in-images", help="whether files carry their prompt"),
+    ] = None,
+    offline: IsOffline = False,
+    json: Json = False,
+) -> None:
+    """Say for how long an account's images are kept, and whether they carry their prompt.
+
+    What is past its time is deleted within minutes, for good.
+    """
+    if retention_days is None and prompt_in_images is None:
+        raise typer.BadParameter("say --retention-days, --prompt-in-images or --no-prompt-in-images")
+    days = None if retention_days is None or retention_days == "forever" else _days(retention_days)
+    with _books(offline) as books:
+        if retention_days is not None:
+            changed = books.change_account(name, retention_days=days)
+        if prompt_in_images is not None:
+            changed = books.put_prompts(name, inside=prompt_in_images)
+    kept = changed.retention_days
+    show.as_json(changed) if json else show.say(
+        f"images of {changed.name} are kept "
+        + (f"{kept} days after their job's end" if kept is not None else "for ever")
+        + f", and carry {'their' if changed.prompt_in_images else 'no'} prompt"
+    )
+
+
+def _days(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise typer.BadParameter("allowed are 1 to 36500, or: forever", param_hint="--retention-days")
+    return int(text)
 
 
 @keys.command("list")

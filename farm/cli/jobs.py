@@ -3,7 +3,6 @@
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from farm.answers import Frame, Job
 from farm.cli import show
+from farm.cli.money import show_quote
 from farm.cli.session import JobId, Json, as_account, on_job
 from farm.client import Farm
 from farm.errors import FarmError
@@ -55,6 +55,15 @@ def submit(
     image_format: Annotated[str | None, typer.Option("--format", help="png, webp or jpeg")] = None,
     negative: Annotated[str | None, typer.Option(help="what not to show")] = None,
     name: Annotated[str | None, typer.Option(help="a name for the job")] = None,
+    reuse: Annotated[
+        bool,
+        typer.Option("--reuse/--no-reuse", help="take images of the same spec and --seed that are there"),
+    ] = True,
+    quote: Annotated[bool, typer.Option("--quote", help="only say what it costs, and send nothing")] = False,
+    quoted: Annotated[
+        str | None, typer.Option(help="the id of a quote: at its prices", metavar="QUOTE")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="the most it may cost", metavar="AMOUNT")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="accept the job once under this key")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="show progress until it has ended")] = False,
     save: Annotated[
@@ -70,10 +79,16 @@ def submit(
     common = {k: v for k, v in asked.items() if v is not None}
     specs: list[dict[str, Any]] = [{"prompt": p, **common} for p in prompts]
     with as_account() as farm:
+        if quote:
+            show_quote(farm.quote(specs, priority=_priority(priority), budget=budget), json)
+            return
         job = farm.submit(
             specs[0] if len(specs) == 1 else specs,
             priority=_priority(priority),
             name=name,
+            quote=quoted,
+            budget=budget,
+            reuse=reuse,
             idempotency_key=idempotency_key,
         )
         if not (watch or save):
@@ -225,13 +240,6 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-@app.command()
-def images(job: JobId, to: To = Path("images")) -> None:
-    """Save a job's images."""
-    with on_job(job) as (farm, job_id):
-        save_images(farm, job_id, to)
-
-
 def save_images(farm: Farm, job_id: str, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     done = [f for f in farm.frames(job_id, status="done") if f.image]
@@ -308,26 +316,3 @@ def sheet(
         path = out or Path(f"{job_id}.png")
         write(path, farm.sheet(job_id))
     show.say(str(path))
-
-
-@app.command()
-def usage(
-    since: Annotated[datetime | None, typer.Option(help="UTC")] = None,
-    until: Annotated[datetime | None, typer.Option(help="UTC, itself not included")] = None,
-    json: Json = False,
-) -> None:
-    """Show what the account used, to the last digit."""
-    from farm.cli.session import utc
-
-    with as_account() as farm:
-        used = farm.usage(since=utc(since), until=utc(until))
-    if json:
-        show.as_json(used)
-        return
-    show.table(
-        ("model", "method", ">rate", ">images", ">quantity", ">amount", ""),
-        [(u.model, u.method, u.rate, u.frames, u.quantity, u.amount, u.currency) for u in used.lines],
-        empty="nothing was used",
-    )
-    for currency, amount in used.totals.items():
-        show.say(f"total {amount} {currency}")

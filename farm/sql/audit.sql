@@ -9,15 +9,94 @@ WHERE u.entry = 0 AND (f.id IS NULL OR f.status <> 'done')
 UNION ALL
 SELECT 'charge differs from the frozen price', u.frame_id::text, u.amount::text
 FROM usage AS u JOIN frames AS f ON f.id = u.frame_id JOIN prices AS p ON p.id = f.price_id
-WHERE u.entry = 0 AND (u.price_id <> f.price_id OR u.quantity <> f.quantity OR u.rate <> p.rate
+WHERE u.entry = 0 AND NOT f.reused AND (u.price_id <> f.price_id OR u.quantity <> f.quantity OR u.rate <> p.rate
     OR u.amount <> f.quantity * p.rate * CASE p.method WHEN 'mpx_step' THEN 0.00000095367431640625 ELSE 1 END)
+UNION ALL
+SELECT 'reuse charged at another price than its own', u.frame_id::text, format('%s %s', u.method, u.amount)
+FROM usage AS u
+JOIN frames AS f ON f.id = u.frame_id
+JOIN job_keys AS k ON k.job_id = f.job_id AND k.key_no = f.key_no
+LEFT JOIN prices AS p ON p.id = k.reuse_price_id AND p.method = 'reuse'
+LEFT JOIN price_books AS b ON b.id = p.book_id AND b.model = k.model
+WHERE u.entry = 0 AND (f.reused OR u.method = 'reuse')
+  AND (NOT f.reused OR u.method <> 'reuse' OR b.id IS NULL OR u.price_id <> p.id OR u.quantity <> 1
+       OR u.amount <> p.rate OR u.pack_id IS NOT NULL)
+UNION ALL
+SELECT 'known image of another account', k.image_id::text, i.key
+FROM known_images AS k JOIN images AS i ON i.id = k.image_id
+WHERE i.account_id <> k.account_id OR i.format <> k.format
+UNION ALL
+SELECT 'waiting for nobody', f.id::text, ''
+FROM frames AS f
+JOIN jobs AS j ON j.id = f.job_id
+WHERE f.status = 'waiting' AND j.status <> 'cancelled'
+  AND NOT EXISTS (
+      SELECT FROM waiters_due AS d
+      WHERE d.account_id = f.account_id AND (d.fingerprints IS NULL OR f.fingerprint = ANY (d.fingerprints))
+        AND (d.after IS NULL OR d.after < f.id))
+  AND NOT EXISTS (
+      SELECT FROM frames AS e
+      JOIN jobs AS ej ON ej.id = e.job_id
+      WHERE e.account_id = f.account_id AND e.fingerprint = f.fingerprint AND e.seeded
+        AND e.status IN ('queued', 'claimed') AND e.spec ->> 'format' = f.spec ->> 'format' AND ej.status <> 'cancelled'
+        AND (e.status = 'claimed' OR NOT j.runnable OR ej.runnable AND ej.priority >= j.priority))
 UNION ALL
 SELECT 'charged twice', frame_id::text, count(*)::text
 FROM usage WHERE entry = 0 GROUP BY frame_id HAVING count(*) > 1
 UNION ALL
+SELECT 'usage in another currency than its account', u.frame_id::text, u.currency
+FROM usage AS u JOIN accounts AS a ON a.id = u.account_id
+WHERE u.currency <> a.currency
+UNION ALL
+SELECT 'reversal that is not of a charge', u.frame_id::text, u.amount::text
+FROM usage AS u LEFT JOIN usage AS c ON c.frame_id = u.frame_id AND c.entry = 0
+WHERE u.entry = 1 AND (c.frame_id IS NULL OR c.amount <> -u.amount OR c.account_id <> u.account_id
+    OR c.job_id <> u.job_id OR c.model <> u.model OR c.price_id <> u.price_id OR c.quantity <> u.quantity)
+UNION ALL
+SELECT CASE WHEN r.frame_id IS NULL THEN 'reversal without a reason' ELSE 'reason without a reversal' END,
+       coalesce(r.frame_id, u.frame_id)::text, coalesce(r.reason, '')
+FROM (SELECT frame_id, account_id FROM usage WHERE entry = 1) AS u FULL JOIN reversals AS r ON r.frame_id = u.frame_id
+WHERE u.frame_id IS NULL OR r.frame_id IS NULL OR u.account_id <> r.account_id
+UNION ALL
+SELECT 'usage on a line that is not its own', u.frame_id::text, format('line %s, entry %s', u.statement_line, u.entry)
+FROM usage AS u LEFT JOIN statement_lines AS l ON l.id = u.statement_line
+WHERE u.statement_line IS NOT NULL AND (l.id IS NULL OR l.account_id <> u.account_id OR l.currency <> u.currency
+    OR l.model <> u.model OR l.method <> u.method OR l.rate <> u.rate)
+UNION ALL
+SELECT 'statement line differs from its usage', l.id::text,
+       format('%s frames for %s on it, %s for %s in usage', l.frames, l.exact, u.frames, u.exact)
+FROM statement_lines AS l
+LEFT JOIN (
+    SELECT x.statement_line, count(*) FILTER (WHERE x.entry = 0) AS frames,
+           count(*) FILTER (WHERE x.entry = 1) AS reversed,
+           count(*) FILTER (WHERE x.at < s.month::timestamp AT TIME ZONE 'UTC') AS late,
+           sum((1 - 2 * x.entry) * x.quantity) AS quantity, sum(x.amount) AS exact,
+           max(x.at) < (s.month + interval '1 month') AT TIME ZONE 'UTC' AS over
+    FROM usage AS x
+    JOIN statement_lines AS y ON y.id = x.statement_line
+    JOIN statements AS s ON s.id = y.statement_id
+    GROUP BY x.statement_line, s.month
+) AS u ON u.statement_line = l.id
+WHERE u.statement_line IS NULL OR NOT u.over OR l.frames <> u.frames OR l.reversed <> u.reversed OR l.late <> u.late
+    OR l.quantity <> u.quantity OR l.exact <> u.exact
+UNION ALL
+SELECT 'statement that does not add up', s.id::text, format('total %s, lines %s, exactly %s', s.total, l.amount, l.exact)
+FROM statements AS s
+CROSS JOIN LATERAL (
+    SELECT coalesce(sum(amount), 0) AS amount, coalesce(sum(exact), 0) AS exact,
+           coalesce(bool_and(amount IS NOT NULL), true) AS whole
+    FROM statement_lines WHERE statement_id = s.id
+) AS l
+WHERE s.closed_at IS NOT NULL
+    AND (NOT l.whole OR l.amount <> s.total OR 2 * abs(s.total - l.exact) > power(10::numeric, -s.digits))
+UNION ALL
 SELECT 'image of another account', f.id::text, i.key
 FROM frames AS f JOIN images AS i ON i.id = f.image_id
 WHERE i.account_id <> f.account_id
+UNION ALL
+SELECT 'deleted image of a frame that keeps its own', f.id::text, i.key
+FROM images AS i JOIN frames AS f ON f.image_id = i.id JOIN jobs AS j ON j.id = f.job_id
+WHERE i.deleted_at IS NOT NULL AND j.images_deleted_at IS NULL
 UNION ALL
 SELECT 'counts differ from frames', j.id::text, format('counted %s, ended %s', c.ended, f.ended)
 FROM jobs AS j
@@ -40,6 +119,18 @@ CROSS JOIN LATERAL (
                        AND f.ended_at IS NULL), 0) AS needed
 ) AS h
 WHERE j.held - h.freed <> h.needed
+UNION ALL
+SELECT 'budgets count another hold', h.account_id::text, format('tallied %s, held %s', sum(h.tallied), sum(h.held))
+FROM (SELECT account_id, api_key_id, held AS tallied, 0 AS held FROM tallies
+      UNION ALL SELECT account_id, api_key_id, 0, held FROM jobs) AS h
+GROUP BY h.account_id, h.api_key_id HAVING sum(h.tallied) <> sum(h.held)
+UNION ALL -- more is right: a month of usage may have been detached
+SELECT 'budgets count less than was charged', s.account_id::text,
+       format('tallied %s, charged %s', sum(s.tallied), sum(s.charged))
+FROM (SELECT account_id, spent AS tallied, 0 AS charged FROM tallies
+      UNION ALL SELECT j.account_id, c.charged, 0 FROM counts AS c JOIN jobs AS j ON j.id = c.job_id WHERE NOT c.folded
+      UNION ALL SELECT account_id, 0, amount FROM usage) AS s
+GROUP BY s.account_id HAVING sum(s.tallied) < sum(s.charged)
 UNION ALL
 SELECT 'ended job with open frames', j.id::text, j.status
 FROM jobs AS j

@@ -58,9 +58,9 @@ WITH own AS MATERIALIZED (
     SELECT CAST(:frame_id AS uuid), CAST(:account_id AS uuid), CAST(:priority AS smallint)
     WHERE :alone OR NOT EXISTS (SELECT FROM own) AND NOT EXISTS (SELECT FROM others)
 ), pack AS (
-    INSERT INTO packs (worker, model, call_key, priority, frames, work, lease_until)
+    INSERT INTO packs (worker, model, call_key, priority, frames, work, lease_until, engine)
     SELECT :worker, :model, :call_key, :priority, count(*), sum(f.work),
-           clock_timestamp() + make_interval(secs => :lease_s)
+           clock_timestamp() + make_interval(secs => :lease_s), CAST(:engine AS jsonb)
     FROM frames AS f
     WHERE f.id = ANY (ARRAY (SELECT id FROM picked))
       AND f.id >= (SELECT id FROM picked ORDER BY id LIMIT 1)
@@ -103,6 +103,7 @@ WITH own AS MATERIALIZED (
           AND f.id <> ALL (ARRAY (SELECT id FROM picked))
     )
 )
-SELECT pack.id AS pack_id, pack.lease_until, t.*, (t.job_id, t.key_no) IN (SELECT job_id, key_no FROM emptied) AS emptied
-FROM taken AS t CROSS JOIN pack
+SELECT pack.id AS pack_id, pack.lease_until, t.*, a.prompt_in_images AS prompt,
+       (t.job_id, t.key_no) IN (SELECT job_id, key_no FROM emptied) AS emptied
+FROM taken AS t CROSS JOIN pack JOIN accounts AS a ON a.id = t.account_id
 ORDER BY t.id

@@ -1,13 +1,14 @@
--- Fold up to :n deltas of ended frames, each job's into one row, and lower its hold by what they freed.
+-- Fold up to :n deltas of ended frames, each job's into one row, and lower its hold by what they freed. What they were
+-- charged goes to the account's tallies in the same statement: spent and held together never miss any of it.
 -- The jobs in the order of their ids, SKIP LOCKED: a fold never waits, and never makes a settle wait long.
 WITH due AS MATERIALIZED (
-    SELECT id FROM jobs
+    SELECT id, account_id, api_key_id FROM jobs
     WHERE id IN (SELECT job_id FROM counts WHERE NOT folded ORDER BY id LIMIT :n)
     ORDER BY id
     FOR NO KEY UPDATE SKIP LOCKED
 ), taken AS (
     DELETE FROM counts WHERE job_id IN (SELECT id FROM due)
-    RETURNING job_id, done, failed, cancelled, charged, freed, folded
+    RETURNING job_id, done, failed, cancelled, charged, freed, folded, at
 ), total AS MATERIALIZED (
     SELECT job_id, sum(done) AS done, sum(failed) AS failed, sum(cancelled) AS cancelled,
            sum(charged) AS charged, sum(freed) AS freed,
@@ -17,6 +18,12 @@ WITH due AS MATERIALIZED (
 ), put AS (
     INSERT INTO counts (job_id, done, failed, cancelled, charged, freed, folded)
     SELECT job_id, done, failed, cancelled, charged, freed, true FROM total
+), spent AS (
+    INSERT INTO tallies (account_id, api_key_id, month, spent)
+    SELECT d.account_id, d.api_key_id, date_trunc('month', t.at AT TIME ZONE 'UTC')::date, sum(t.charged)
+    FROM taken AS t JOIN due AS d ON d.id = t.job_id
+    WHERE NOT t.folded AND t.charged <> 0
+    GROUP BY 1, 2, 3
 )
 UPDATE jobs AS j
 SET held = j.held - t.freed_now

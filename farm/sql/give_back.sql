@@ -5,6 +5,7 @@
 -- Locks as settle.sql: packs and jobs by the caller, then frames.
 WITH held AS MATERIALIZED (
     SELECT f.id, f.job_id, f.index, f.key_no, f.account_id, f.attempts, f.quantity, f.price_id, f.pack_id,
+           f.seeded, f.fingerprint,
            f.job_id = ANY (CAST(:cancelled_jobs AS uuid[])) AS cancelled, :blame AND p.frames = 1 AS blamed
     FROM frames AS f
     JOIN packs AS p ON p.id = f.pack_id
@@ -27,6 +28,9 @@ WITH held AS MATERIALIZED (
     FROM judged AS j
     WHERE f.id = j.id AND f.id >= (SELECT id FROM judged ORDER BY id LIMIT 1)
       AND f.id <= (SELECT id FROM judged ORDER BY id DESC LIMIT 1)
+), due AS ( -- an equal frame may wait no longer for one that ended, or that is queued in a less urgent class
+    INSERT INTO waiters_due (account_id, fingerprints)
+    SELECT account_id, array_agg(fingerprint) FROM held WHERE seeded GROUP BY account_id
 ), counted AS (
     INSERT INTO counts (job_id, failed, cancelled, freed)
     SELECT j.job_id, count(*) FILTER (WHERE j.status = 'failed'), count(*) FILTER (WHERE j.status = 'cancelled'),

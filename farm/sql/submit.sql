@@ -1,17 +1,21 @@
 -- Admit a job: its row with the hold, its places in lanes, its distinct keys, its idempotency key and the event, in
 -- one statement. The frames follow by COPY, the lanes by open_lanes.sql.
 WITH job AS (
-    INSERT INTO jobs (id, account_id, api_key_id, name, status, priority, runnable, frames, currency, quoted, held)
-    VALUES (:job_id, :account_id, :api_key_id, :name, 'active', :priority, true, :frames, :currency, :quoted, :quoted)
+    INSERT INTO jobs (id, account_id, api_key_id, name, status, priority, runnable, frames, currency, quoted, held,
+                      rerender_of)
+    VALUES (:job_id, :account_id, :api_key_id, :name, 'active', :priority, true, :frames, :currency, :quoted, :quoted,
+            CAST(:rerender_of AS uuid))
 ), lane AS (
-    INSERT INTO job_lanes (job_id, model, account_id, priority, runnable)
-    SELECT DISTINCT CAST(:job_id AS uuid), model, CAST(:account_id AS uuid), CAST(:priority AS smallint), true
-    FROM unnest(CAST(:models AS text[])) AS m (model)
+    INSERT INTO job_lanes (job_id, model, account_id, priority, runnable, open)
+    SELECT CAST(:job_id AS uuid), model, CAST(:account_id AS uuid), CAST(:priority AS smallint), true, bool_or(open)
+    FROM unnest(CAST(:models AS text[]), CAST(:open AS boolean[])) AS m (model, open)
+    GROUP BY model
 ), key AS (
-    INSERT INTO job_keys (job_id, key_no, model, account_id, shape_key, call_key, pixels)
-    SELECT :job_id, k.no - 1, k.model, :account_id, k.shape_key, k.call_key, k.pixels
+    INSERT INTO job_keys (job_id, key_no, model, account_id, shape_key, call_key, pixels, open, reuse_price_id)
+    SELECT :job_id, k.no - 1, k.model, :account_id, k.shape_key, k.call_key, k.pixels, k.open, k.reuse_price_id
     FROM unnest(CAST(:models AS text[]), CAST(:shape_keys AS text[]), CAST(:call_keys AS text[]),
-                CAST(:pixels AS integer[])) WITH ORDINALITY AS k (model, shape_key, call_key, pixels, no)
+                CAST(:pixels AS integer[]), CAST(:open AS boolean[]), CAST(:reuse_price_ids AS integer[]))
+         WITH ORDINALITY AS k (model, shape_key, call_key, pixels, open, reuse_price_id, no)
 ), once AS (
     INSERT INTO idempotency_keys (account_id, key, body_sha256, job_id)
     SELECT :account_id, CAST(:idempotency_key AS text), :body_sha256, :job_id

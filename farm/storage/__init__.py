@@ -16,16 +16,16 @@ from typing import Protocol
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from farm.errors import FarmError, Fault, Invalid, Misconfigured, StorageAway
+from farm.errors import Damaged, FarmError, Fault, Invalid, Misconfigured
 
 SETTING = "FARM_STORAGE_URL"
-ALLOWED = "file:///folder or s3://bucket/prefix?endpoint=https://…&region=…"
+ALLOWED = "file:///folder or s3://bucket/prefix?endpoint=https://…&region=…&sse=AES256|aws:kms&kms_key=…&storage_class=…"
 LEFTOVER_AGE = timedelta(hours=1)  # what a dead process left behind goes after this; no upload takes longer
 
 # no leading dot: that rules out .. and leaves the stores names of their own
 _PART = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}"
 _KEY = re.compile(rf"{_PART}(?:/{_PART})*")
-_IMAGE_KEY = re.compile(r"v1/[0-9a-f]{32}/([0-9a-f]{64})\.[a-z0-9]{1,8}")
+_IMAGE_KEY = re.compile(r"v1/([0-9a-f]{32})/([0-9a-f]{64})\.([a-z0-9]{1,8})")
 _MAX_KEY = 512  # S3 takes 1024 bytes with the prefix
 
 
@@ -36,6 +36,25 @@ class Stored:
     key: str
     size_bytes: int
     modified: datetime
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was tried of a store: what, how it went, and what that means."""
+
+    what: str
+    state: str  # ok, no, unknown, unneeded; failed ends an examination
+    detail: str = ""
+    took_ms: int = 0
+
+
+@dataclass(frozen=True)
+class ImageKey:
+    """What an image's key says."""
+
+    account_id: UUID
+    sha256: str
+    format: str
 
 
 class Store(Protocol):
@@ -55,13 +74,25 @@ class Store(Protocol):
         """
 
     def delete(self, key: str) -> None:
-        """Remove the object, if there is one."""
+        """Remove the object, if there is one, with every version that the store keeps of it."""
 
     def list(self, prefix: str = "") -> Iterator[Stored]:
         """Every object whose key starts with the prefix, in no promised order."""
 
+    def url(self, key: str, *, expires_s: int, content_type: str, filename: str) -> str | None:
+        """A URL under which anybody may GET the object until then; None where the API has to sign one itself."""
+
+    def clear_leftovers(self) -> int:
+        """Remove what processes that died while writing left behind an hour ago. Returns how much."""
+
     def check(self) -> None:
         """Prove at start-up that the store writes, lists, reads back and deletes."""
+
+    def extras(self, key: str, data: bytes) -> Iterator[Finding]:
+        """Try what this kind of store can do beside that, with an object that is there and holds the data.
+
+        Nothing of it is needed to keep images, so that nothing raises but Misconfigured for changed bytes.
+        """
 
 
 def image_key(account_id: UUID, sha256: bytes | str, ext: str) -> str:
@@ -71,6 +102,12 @@ def image_key(account_id: UUID, sha256: bytes | str, ext: str) -> str:
     if not _IMAGE_KEY.fullmatch(key):
         raise Invalid([Fault("key", key, "a SHA-256 in lower-case hex, and an extension like png")])
     return key
+
+
+def read_image_key(key: str) -> ImageKey | None:
+    """What an image's key says; None if it is not one."""
+    found = _IMAGE_KEY.fullmatch(key)
+    return ImageKey(UUID(hex=found[1]), found[2], found[3]) if found else None
 
 
 def is_key(key: str) -> bool:
@@ -95,10 +132,10 @@ def check_prefix(prefix: str) -> str:
 
 
 def check_hash(key: str, data: bytes) -> bytes:
-    """Return the data. Raises StorageAway if the key is an image's and holds another hash."""
+    """Return the data. Raises Damaged if the key is an image's and holds another hash."""
     image = _IMAGE_KEY.fullmatch(key)
-    if image and hashlib.sha256(data).hexdigest() != image[1]:  # 1 ms for 1.5 MB
-        raise StorageAway("The store gave back other bytes than the image's hash says.", key=key)
+    if image and hashlib.sha256(data).hexdigest() != image[2]:  # 1 ms for 1.5 MB
+        raise Damaged(key=key)
     return data
 
 
@@ -121,6 +158,13 @@ def prove(store: Store) -> None:
 
 
 def _compare(key: str, data: bytes, got: bytes, listed: Stored | None) -> None:
+    check_same(data, got)
+    if listed is None or listed.size_bytes != len(data):
+        raise Misconfigured("The store does not list what it was given.", setting=SETTING, key=key)
+
+
+def check_same(data: bytes, got: bytes) -> None:
+    """Raises Misconfigured if the store gave back other bytes than it was given."""
     if got != data:  # some stores write the checksum trailer of newer SDKs into the object
         raise Misconfigured(
             "The store gave back other bytes than it was given; it cannot hold images.",
@@ -128,8 +172,6 @@ def _compare(key: str, data: bytes, got: bytes, listed: Stored | None) -> None:
             wrote_bytes=len(data),
             read_bytes=len(got),
         )
-    if listed is None or listed.size_bytes != len(data):
-        raise Misconfigured("The store does not list what it was given.", setting=SETTING, key=key)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from farm.storage import (
     ALLOWED,
     LEFTOVER_AGE,
     SETTING,
+    Finding,
     Stored,
     check_hash,
     check_key,
@@ -22,6 +24,8 @@ from farm.storage import (
     is_key,
     prove,
 )
+
+LITTLE_BYTES = 1 << 30
 
 # no retry helps: somebody has to change the folder, its rights or its mount
 _PERMANENT = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
@@ -81,9 +85,23 @@ class LocalStore:
         self._clear_temporary()
         return self._walk(self._root, prefix)
 
+    def url(self, key: str, *, expires_s: int, content_type: str, filename: str) -> str | None:
+        check_key(key)
+        return None
+
+    def clear_leftovers(self) -> int:
+        return self._clear_temporary()
+
     def check(self) -> None:
         self._clear_temporary()
         prove(self)
+
+    def extras(self, key: str, data: bytes) -> Iterator[Finding]:
+        yield Finding("conditional write", "unneeded", "a key holds its bytes' hash")
+        yield Finding("signed URLs", "ok", "the API signs and serves them: /v1/files/…")
+        yield Finding("versions", "unneeded", "a folder keeps one")
+        free = shutil.disk_usage(self._root).free
+        yield Finding("room", "ok" if free > LITTLE_BYTES else "no", f"{free / 2**30:.1f} GiB free")
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[Stored]:
         with self._reported(prefix), suppress(FileNotFoundError), os.scandir(folder) as entries:
@@ -99,14 +117,17 @@ class LocalStore:
                         stat = entry.stat(follow_symlinks=False)
                         yield Stored(key, stat.st_size, datetime.fromtimestamp(stat.st_mtime, UTC))
 
-    def _clear_temporary(self) -> None:
+    def _clear_temporary(self) -> int:
         """Remove what processes that died while writing left behind."""
+        cleared = 0
         before = time.time() - LEFTOVER_AGE.total_seconds()
         with self._reported(".tmp"), suppress(FileNotFoundError), os.scandir(self._temporary) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):  # another process clears too
                     if entry.stat(follow_symlinks=False).st_mtime < before:
                         os.unlink(entry.path)
+                        cleared += 1
+        return cleared
 
     def _make_folder(self, folder: Path) -> None:
         """Make the folder durable: a synced file in a folder that a power cut takes away is lost too."""

@@ -5,29 +5,59 @@ Answers, and what is done about them:
   bytes lost on the way (Content-MD5, Content-Length, hash)    the same
   404 NoSuchKey                                                NotFound
   403, NoSuchBucket, 501, bad credentials, anything else       Misconfigured, at once
+
+Nothing rests on conditional writes: a key holds its bytes' hash, and whoever writes it writes the same.
 """
 
 import base64
 import hashlib
 import io
+import logging
 import os
 import random
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from farm.errors import FarmError, Misconfigured, NotFound, StorageAway
-from farm.storage import ALLOWED, SETTING, Stored, check_hash, check_key, check_prefix, is_key, prove
+from farm.storage import (
+    ALLOWED,
+    LEFTOVER_AGE,
+    SETTING,
+    Finding,
+    Stored,
+    check_hash,
+    check_key,
+    check_prefix,
+    check_same,
+    is_key,
+    prove,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-    from mypy_boto3_s3.type_defs import ListObjectsV2OutputTypeDef
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef, ListObjectsV2OutputTypeDef
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+MULTIPART_OVER = 16 << 20  # bytes; one request that breaks off later than that costs too much
+PART_BYTES = 8 << 20  # S3 takes parts of 5 MiB and more
+AT_ONCE = 512 << 10  # bytes; needs 170 KB/s
+
+OPTIONS = ("endpoint", "region", "sse", "kms_key", "storage_class")
+ENCRYPTIONS = ("AES256", "aws:kms")
+# those that are read at once: an image in an archive would have to be thawed first
+STORAGE_CLASSES = (
+    "STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR", "REDUCED_REDUNDANCY",
+)  # fmt: skip
+_KMS_KEY = re.compile(r"[A-Za-z0-9:/_.-]{1,2048}")
+_B2 = re.compile(r"s3\.([a-z0-9-]+)\.backblazeb2\.com")
 
 # 4xx that pass: the request was damaged or slow on its way, or met another one
 _PASSING = {
@@ -50,6 +80,9 @@ class S3Store:
         *,
         endpoint: str | None = None,
         region: str | None = None,
+        sse: str | None = None,
+        kms_key: str | None = None,
+        storage_class: str | None = None,
         connect_timeout_s: float = 3.0,
         read_timeout_s: float = 20.0,
         give_up_after_s: float = 25.0,
@@ -61,6 +94,15 @@ class S3Store:
         self._prefix = f"{check_key(prefix)}/" if prefix else ""
         self._endpoint = endpoint
         self._region = region
+        self._written_as: dict[str, Any] = {  # what every upload asks for
+            name: value
+            for name, value in (
+                ("ServerSideEncryption", sse),
+                ("SSEKMSKeyId", kms_key),
+                ("StorageClass", storage_class),
+            )
+            if value
+        }
         self._connect_timeout_s = connect_timeout_s
         self._read_timeout_s = read_timeout_s
         self._give_up_after_s = give_up_after_s
@@ -76,34 +118,100 @@ class S3Store:
         except ValueError:
             raise Misconfigured(f"{SETTING} has an unreadable query.", allowed=ALLOWED) from None
         options = dict(pairs)
-        if len(options) < len(pairs) or not options.keys() <= {"endpoint", "region"} or parts.fragment:
-            raise Misconfigured(f"{SETTING} takes endpoint and region, each once.", allowed=ALLOWED)
+        if len(options) < len(pairs) or not options.keys() <= set(OPTIONS) or parts.fragment:
+            raise Misconfigured(f"{SETTING} takes {', '.join(OPTIONS)}, each once.", allowed=ALLOWED)
         if not re.fullmatch(r"[A-Za-z0-9._-]{3,255}", parts.netloc):
             raise Misconfigured(f"{SETTING} names no bucket.", allowed=ALLOWED)
         if prefix and not is_key(prefix):
             raise Misconfigured(f"{SETTING} has a prefix that is not the start of a key.", allowed=ALLOWED)
         if "endpoint" in options:
             _check_endpoint(options["endpoint"])
+        b2 = _B2.fullmatch(urlsplit(options.get("endpoint", "")).hostname or "")
+        _check_writing(options, is_b2=b2 is not None)
         return cls(
-            parts.netloc, prefix, endpoint=options.get("endpoint"), region=options.get("region") or None
+            parts.netloc,
+            prefix,
+            endpoint=options.get("endpoint"),
+            region=options.get("region") or (b2[1] if b2 else None),  # B2 signs with the endpoint's
+            sse=options.get("sse"),
+            kms_key=options.get("kms_key"),
+            storage_class=options.get("storage_class"),
         )
 
     def put(self, key: str, data: bytes, *, content_type: str) -> None:
         name = self._prefix + check_key(key)
-        # the store compares it: a body cut on its way is refused, not stored
-        md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+        if len(data) > MULTIPART_OVER:
+            self._put_parts(key, data, content_type=content_type)
+            return
+        md5 = _md5(data)
 
         def send(client: "S3Client") -> None:
             client.put_object(
                 Bucket=self._bucket,
                 Key=name,
-                # as bytes, all of it would have to leave within connect_timeout_s: 15 MB at 2 MB/s never did
-                Body=io.BytesIO(data),
+                Body=_body(data),
                 ContentMD5=md5,
                 ContentType=content_type,
+                **self._written_as,
             )
 
         self._retrying(send, key=key)
+
+    def _put_parts(self, key: str, data: bytes, *, content_type: str) -> None:
+        """Upload in parts, each sent again by itself. What cannot be completed is taken back."""
+        name = self._prefix + key
+        begun = self._retrying(
+            lambda client: client.create_multipart_upload(
+                Bucket=self._bucket, Key=name, ContentType=content_type, **self._written_as
+            ),
+            key=key,
+        )
+        upload = begun["UploadId"]
+        try:
+            parts: list[CompletedPartTypeDef] = [
+                {
+                    "PartNumber": number,
+                    "ETag": self._put_part(key, upload, number, data[at : at + PART_BYTES]),
+                }
+                for number, at in enumerate(range(0, len(data), PART_BYTES), 1)
+            ]
+            try:
+                self._retrying(
+                    lambda client: client.complete_multipart_upload(
+                        Bucket=self._bucket, Key=name, UploadId=upload, MultipartUpload={"Parts": parts}
+                    ),
+                    key=key,
+                )
+            except Misconfigured:  # no such upload: the answer to an earlier try was lost
+                if not self._holds(key, len(data)):
+                    raise
+        except BaseException:
+            with suppress(FarmError):  # the first error says more; clear_leftovers() comes by
+                self._abort(name, upload)
+            raise
+
+    def _put_part(self, key: str, upload: str, number: int, part: bytes) -> str:
+        md5 = _md5(part)
+        sent = self._retrying(
+            lambda client: client.upload_part(
+                Bucket=self._bucket,
+                Key=self._prefix + key,
+                UploadId=upload,
+                PartNumber=number,
+                Body=_body(part),
+                ContentMD5=md5,
+            ),
+            key=key,
+        )
+        return sent["ETag"]
+
+    def _holds(self, key: str, size_bytes: int) -> bool:
+        return any(stored.key == key and stored.size_bytes == size_bytes for stored in self.list(key))
+
+    def _abort(self, name: str, upload: str) -> None:
+        self._retrying(
+            lambda client: client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload)
+        )
 
     def get(self, key: str) -> bytes:
         name = self._prefix + check_key(key)
@@ -120,15 +228,187 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         name = self._prefix + check_key(key)
-        with suppress(NotFound):  # S3 answers 204 when there is nothing, some others 404
-            self._retrying(lambda client: client.delete_object(Bucket=self._bucket, Key=name), key=key)
+        versions = self._versions(name) or []
+        if versions in ([], ["null"]):
+            versions = self._delete_plainly(name)
+        for version in versions:
+            with suppress(NotFound):
+                self._retrying(
+                    lambda client, v=version: client.delete_object(  # type: ignore[misc]
+                        Bucket=self._bucket, Key=name, VersionId=v
+                    ),
+                    key=key,
+                )
+
+    def _delete_plainly(self, name: str) -> list[str]:
+        """Delete what is there. Returns the marker that was put in its place, if versions are kept."""
+        try:
+            answer = self._retrying(lambda client: client.delete_object(Bucket=self._bucket, Key=name))
+        except NotFound:  # S3 answers 204 when there is nothing, some others 404
+            return []
+        marker = answer.get("VersionId") if answer.get("DeleteMarker") else None
+        return [marker] if marker else []
+
+    def _versions(self, name: str) -> list[str] | None:
+        """Every version and marker of an object: B2 always keeps them, and hides on delete. None: it won't say."""
+        more: dict[str, Any] = {}
+        found: list[str] = []
+        while True:
+            try:
+                page = self._retrying(
+                    lambda client, m=more: client.list_object_versions(  # type: ignore[misc]
+                        Bucket=self._bucket, Prefix=name, **m
+                    )
+                )
+            except (Misconfigured, NotFound) as e:  # not offered, or not allowed
+                log.debug("versions of %s are not listed: %s", name, e)
+                return None
+            entries = [*page.get("Versions", []), *page.get("DeleteMarkers", [])]
+            found += [e["VersionId"] or "null" for e in entries if e["Key"] == name]
+            if not page.get("IsTruncated") or any(e["Key"] > name for e in entries):
+                return found
+            more = {"KeyMarker": page["NextKeyMarker"], "VersionIdMarker": page["NextVersionIdMarker"]}
+
+    def url(self, key: str, *, expires_s: int, content_type: str, filename: str) -> str | None:
+        name = self._prefix + check_key(key)
+        return self._retrying(
+            lambda client: client.generate_presigned_url(
+                "get_object",
+                Params={
+                    "Bucket": self._bucket,
+                    "Key": name,
+                    "ResponseContentType": content_type,
+                    "ResponseContentDisposition": f'inline; filename="{filename}"',
+                },
+                ExpiresIn=expires_s,
+            ),
+            key=key,
+        )
 
     def list(self, prefix: str = "") -> Iterator[Stored]:
         check_prefix(prefix)
         return self._pages(self._prefix + prefix)
 
+    def clear_leftovers(self) -> int:
+        before = datetime.now(UTC) - LEFTOVER_AGE
+        more: dict[str, Any] = {}
+        cleared = 0
+        while True:
+            try:
+                page = self._retrying(
+                    lambda client, m=more: client.list_multipart_uploads(  # type: ignore[misc]
+                        Bucket=self._bucket, Prefix=self._prefix, **m
+                    )
+                )
+            except Misconfigured as e:  # not offered, or not allowed: a lifecycle rule has to
+                log.debug("uploads that broke off are not listed: %s", e)
+                return cleared
+            for upload in page.get("Uploads", []):
+                ours = upload["Key"].removeprefix(self._prefix).startswith(("v1/", "check/"))
+                if ours and upload["Initiated"] < before:
+                    self._abort(upload["Key"], upload["UploadId"])
+                    cleared += 1
+            if not page.get("IsTruncated"):
+                return cleared
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
     def check(self) -> None:
         prove(self)
+        self.clear_leftovers()
+
+    def extras(self, key: str, data: bytes) -> Iterator[Finding]:
+        for what, attempt in (
+            ("conditional write", self._try_conditional),
+            ("multipart upload", self._try_parts),
+            ("encryption", self._try_encryption),
+            ("storage class", self._try_class),
+            ("signed URLs", self._try_url),
+            ("versions", self._try_versions),
+        ):
+            started = time.monotonic()
+            try:
+                state, detail = attempt(key, data)
+            except FarmError as e:
+                if "read_bytes" in e.facts:  # it changed bytes
+                    raise
+                state, detail = "unknown", str(e.facts.get("why") or e)
+            yield Finding(what, state, detail, round((time.monotonic() - started) * 1000))
+
+    def _try_conditional(self, key: str, data: bytes) -> tuple[str, str]:
+        try:
+            self._retrying(
+                lambda client: client.put_object(
+                    Bucket=self._bucket,
+                    Key=self._prefix + key,
+                    Body=data,
+                    ContentMD5=_md5(data),
+                    IfNoneMatch="*",
+                    **self._written_as,
+                )
+            )
+        except Misconfigured as e:
+            why = str(e.facts.get("why", ""))
+            if why.startswith(("412", "409")):
+                return "ok", f"a second writer is refused ({why}); nothing rests on it"
+            return "no", f"{why}; nothing rests on it"
+        return "no", "If-None-Match is ignored; nothing rests on it"
+
+    def _try_parts(self, key: str, data: bytes) -> tuple[str, str]:
+        whole = f"{key}-parts"
+        self._put_parts(whole, data, content_type="application/octet-stream")
+        try:
+            check_same(data, self.get(whole))
+        finally:
+            self.delete(whole)
+        return "ok", f"above {MULTIPART_OVER >> 20} MiB"
+
+    def _try_encryption(self, key: str, data: bytes) -> tuple[str, str]:
+        found = str(self._head(key).get("ServerSideEncryption") or "")
+        asked = self._written_as.get("ServerSideEncryption")
+        if asked and found != asked:
+            return "no", f"{asked} was asked for, and it says {found or 'nothing'}"
+        return (
+            ("ok", found)
+            if found
+            else ("unknown", "none was asked for; what it does by itself it does not say")
+        )
+
+    def _try_class(self, key: str, data: bytes) -> tuple[str, str]:
+        found = str(self._head(key).get("StorageClass") or "STANDARD")
+        asked = self._written_as.get("StorageClass")
+        if asked and found != asked:
+            return "no", f"{asked} was asked for, and it says {found}"
+        return "ok", found
+
+    def _head(self, key: str) -> "Mapping[str, Any]":
+        return self._retrying(
+            lambda client: client.head_object(Bucket=self._bucket, Key=self._prefix + key), key=key
+        )
+
+    def _try_url(self, key: str, data: bytes) -> tuple[str, str]:
+        import httpx
+
+        asked: dict[str, Any] = {"content_type": "application/octet-stream", "filename": "check"}
+        url = self.url(key, expires_s=60, **asked) or ""
+        try:
+            with httpx.Client(timeout=self._read_timeout_s) as http:
+                got, forged = http.get(url), http.get(_forged(url))
+        except httpx.TransportError as e:
+            return "no", f"not fetched: {type(e).__name__}"
+        if got.status_code != 200 or got.content != data:
+            return "no", f"answered {got.status_code}"
+        if forged.status_code == 200:
+            return "no", "a forged signature is taken as well: anybody may read this bucket"
+        return "ok", f"a forged one is refused with {forged.status_code}"
+
+    def _try_versions(self, key: str, data: bytes) -> tuple[str, str]:
+        self.put(key, data, content_type="application/octet-stream")
+        versions = self._versions(self._prefix + key)
+        if versions is None:
+            return "unknown", "they cannot be listed; if the bucket keeps them, deleted images stay"
+        if len(versions) > 1:
+            return "ok", "they are kept, and each is deleted"
+        return "ok", "none are kept"
 
     def _pages(self, prefix: str) -> Iterator[Stored]:
         more: dict[str, Any] = {}
@@ -226,7 +506,11 @@ class S3Store:
             request_checksum_calculation="when_required",  # B2 refuses the newer SDKs' trailers with 400
             response_checksum_validation="when_required",
             retries={"total_max_attempts": 1, "mode": "standard"},  # ours are bounded in time
+            signature_version="s3v4",  # B2 takes no other, and no other lasts 7 days
             max_pool_connections=16,
+            # both are worth what an MD5 costs: a tenth of the time of an upload of 200 KB
+            parameter_validation=False,
+            user_agent="image-farm",
             tcp_keepalive=True,
             s3={"addressing_style": "path" if self._endpoint else "auto"},  # bucket.minio has no DNS entry
             connect_timeout=self._connect_timeout_s,
@@ -239,6 +523,38 @@ class S3Store:
             )
         except ValueError:  # boto's own idea of an endpoint
             raise Misconfigured(f"{SETTING} has a bad endpoint or region.", allowed=ALLOWED) from None
+
+
+def _body(data: bytes) -> bytes | io.BytesIO:
+    """What to send. As bytes all of it has to leave within connect_timeout_s: 15 MB at 2 MB/s never did."""
+    return data if len(data) <= AT_ONCE else io.BytesIO(data)  # read in pieces of 16 KiB: a fifth slower
+
+
+def _md5(data: bytes) -> str:
+    """What the store compares: a body cut on its way is refused, not stored."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def _forged(url: str) -> str:
+    """The same URL with another last digit of its signature."""
+    head, mark, tail = url.partition("X-Amz-Signature=")
+    signature = tail.partition("&")[0]
+    return head + mark + signature[:-1] + ("0" if signature[-1:] != "0" else "1") + tail[len(signature) :]
+
+
+def _check_writing(options: Mapping[str, str], *, is_b2: bool) -> None:
+    """Raises Misconfigured if the encryption or the storage class is not one that the store takes."""
+    sse, kms_key, kind = (options.get(name) for name in ("sse", "kms_key", "storage_class"))
+    if sse is not None and sse not in (ENCRYPTIONS[:1] if is_b2 else ENCRYPTIONS):
+        raise Misconfigured(
+            f"{SETTING} has an unknown sse; allowed: {'AES256 for B2' if is_b2 else ', '.join(ENCRYPTIONS)}.",
+            allowed=ALLOWED,
+        )
+    if kms_key is not None and (sse != "aws:kms" or not _KMS_KEY.fullmatch(kms_key)):
+        raise Misconfigured(f"{SETTING} takes kms_key, a key's id or ARN, with sse=aws:kms.", allowed=ALLOWED)
+    if kind is not None and kind not in (STORAGE_CLASSES[:1] if is_b2 else STORAGE_CLASSES):
+        allowed = "STANDARD for B2" if is_b2 else f"{', '.join(STORAGE_CLASSES)}; not archives"
+        raise Misconfigured(f"{SETTING} has an unknown storage_class; allowed: {allowed}.", allowed=ALLOWED)
 
 
 def _check_endpoint(endpoint: str) -> None:

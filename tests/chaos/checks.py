@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from io import BytesIO
 from pathlib import Path
 from uuid import UUID
@@ -28,8 +28,11 @@ FRAMES = """
 OPEN_PACKS = "SELECT id FROM packs WHERE closed_at IS NULL"
 
 
-def wrongs(db: Session, *, images: Path, submitted: Collection[UUID]) -> Counter[str]:
-    """Everything that is not as it must be, by kind, with how often; empty if all is well."""
+def wrongs(db: Session, *, read: Callable[[str], bytes | None], submitted: Collection[UUID]) -> Counter[str]:
+    """Everything that is not as it must be, by kind, with how often; empty if all is well.
+
+    read: the file of a key as the store has it, None if it has none.
+    """
     found: Counter[str] = Counter(v.violation for v in ledger.audit(db))
     frames = db.execute(text(FRAMES)).all()
     found["frame lost"] += len(set(submitted) - {f.id for f in frames})
@@ -38,7 +41,7 @@ def wrongs(db: Session, *, images: Path, submitted: Collection[UUID]) -> Counter
     for frame in frames:
         found.update(_of_books(frame))
         if frame.status == "done":
-            found.update(_of_image(frame, images))
+            found.update(_of_image(frame, read(frame.key)))
     return +found
 
 
@@ -58,10 +61,8 @@ def _of_books(frame) -> Iterator[str]:
         yield "not told exactly once"
 
 
-def _of_image(frame, images: Path) -> Iterator[str]:
-    try:
-        data = (images / frame.key).read_bytes()
-    except FileNotFoundError:
+def _of_image(frame, data: bytes | None) -> Iterator[str]:
+    if data is None:
         yield "image lost"
         return
     sha256 = hashlib.sha256(data)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGKILL, SIGSTOP
 
-from farm import queue
+from farm import queue, retention
 from farm.errors import StorageAway
 from farm.storage import Store
 from tests.chaos import engine
@@ -109,7 +109,7 @@ class HostileStore:
 
 
 class _Refusals(logging.Handler):
-    """Counts the frames that the fence refused, as the shelf reports them after the commit."""
+    """Counts what the shelf reports: frames that the fence refused, settles that met a deleted image."""
 
     def __init__(self, tally: Tally) -> None:
         super().__init__()
@@ -118,6 +118,8 @@ class _Refusals(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if "had been lost to somebody else" in record.msg:
             self._tally.add("refused by the fence", record.args[0])
+        if "settling again with images that were deleted" in record.msg:
+            self._tally.add("met a tombstone")
 
 
 def install(plan: Plan) -> None:
@@ -128,6 +130,7 @@ def install(plan: Plan) -> None:
     opened, settle = run.open_store, queue.settle
     run.open_store = lambda url: HostileStore(opened(url), fate)
     books.RETRY_S = shelf.RETRY_S = 0.1
+    retention.MARGIN_S = 0.5  # nothing is under way for longer here
     logging.getLogger().addHandler(_Refusals(fate.tally))
 
     def settle_and_die(db, stored, **rest):

@@ -28,6 +28,7 @@ from farm.settings import settings
 from tests.chaos import checks
 from tests.chaos.faults import Plan
 from tests.chaos.tally import Tally
+from tests.hostile import BUCKET, KEYS, Proxy, client_of
 
 ROOT = Path(__file__).parent.parent.parent
 OPEN = "SELECT DISTINCT worker FROM packs WHERE closed_at IS NULL"
@@ -107,6 +108,7 @@ class House:
     images: Path
     plan: Plan
     max_attempts: int
+    proxy: Proxy | None = None  # before S3; None: images live in the folder
     submitted: set[UUID] = field(default_factory=set)
     callers: list[Caller] = field(default_factory=list)
     _since: dict[int, float] = field(default_factory=dict)  # pid → monotonic time it was first seen frozen
@@ -119,7 +121,9 @@ class House:
         return {
             "FARM_DATABASE_URL": self.url,
             "FARM_BROKER_URL": self.broker,
-            "FARM_STORAGE_URL": self.images.as_uri(),
+            "FARM_STORAGE_URL": self._storage_url(),
+            **KEYS,
+            "FARM_ORPHAN_GRACE_S": "3",
             "FARM_SECRET": "a secret of the chaos, 32 characters or more",
             "FARM_LEASE_S": "2",
             "FARM_SWEEP_S": "0.3",
@@ -128,6 +132,26 @@ class House:
             "FARM_MAX_ATTEMPTS": str(self.max_attempts),
             "FARM_POOL_SIZE": "6",
         }
+
+    def _storage_url(self) -> str:
+        if self.proxy is None:
+            return self.images.as_uri()
+        return f"s3://{BUCKET}/{self.name}?endpoint={self.proxy.endpoint}&region=us-east-1"
+
+    def file(self, key: str) -> bytes | None:
+        """A stored file, as it is, past the proxy; None if there is none."""
+        if self.proxy is None:
+            path = self.images / key
+            return path.read_bytes() if path.exists() else None
+        client = client_of(self.proxy.upstream_port)
+        try:
+            return client.get_object(Bucket=BUCKET, Key=f"{self.name}/{key}")["Body"].read()
+        except client.exceptions.NoSuchKey:
+            return None
+
+    def count(self, what: str) -> int:
+        """How often something befell this farm."""
+        return self.tally.count(what) + (self.proxy.happened[what] if self.proxy else 0)
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -185,7 +209,7 @@ class House:
 
     def wrongs(self) -> dict[str, int]:
         with transaction() as session:
-            return checks.wrongs(session, images=self.images, submitted=self.submitted)
+            return checks.wrongs(session, read=self.file, submitted=self.submitted)
 
     def kill_a_busy_worker(self, crew: Crew) -> None:
         """SIGKILL a process that holds an open pack; it is stopped first, so that it cannot become idle."""

@@ -150,4 +150,4 @@ def _forget_the_hash() -> None:
         return replace(keep(mine, entry, model, frame, pixels), key=key)
 
     shelf.Shelf._encode_and_put = encode_and_put
-    shelf.provenance = lambda *spec: {**provenance(*spec), "made at": str(time.time_ns())}
+    shelf.provenance = lambda *spec, **more: {**provenance(*spec, **more), "made at": str(time.time_ns())}

@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import boto3  # noqa: F401 - imported once, before the forks
+
 from farm import sweep
 from farm.catalog import catalog
 from farm.settings import settings
@@ -48,6 +50,8 @@ def node(name: str, plan: Plan) -> None:
 
 
 def sweeper(name: str, plan: Plan) -> None:
+    # files that nobody booked go soon: while their frames are rendered again to the same bytes
+    sweep.CHORES = tuple(replace(c, every_s=min(c.every_s, 3)) for c in sweep.CHORES)
     sweep.run(threading.Event())
 
 

@@ -23,7 +23,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
     "black": (20, 20, 20),
 }
-SIZES = {"small": 0.15, "medium": 0.21, "large": 0.30}  # half width, as a share of the short side
+SIZES = {"small": 0.18, "medium": 0.24, "large": 0.32}  # half width, as a share of the short side
 PLACES = (
     "top left",
     "top",
@@ -166,7 +166,7 @@ def imagine(seed: int, width: int = 64, height: int = 64) -> Scene:
 def _single(rng: Random, colour: str, width: int, height: int) -> Thing:
     shape = rng.choice(list(SHAPES))
     size = rng.choice([*SIZES, None])
-    radius = SIZES[size] * rng.uniform(0.95, 1.05) if size else rng.uniform(0.15, 0.32)
+    radius = SIZES[size] * rng.uniform(0.95, 1.05) if size else rng.uniform(0.17, 0.34)
     place = rng.choices([*PLACES, "centre", None], [1] * len(PLACES) + [2, 2])[0]
     if place:
         x, y = spot(place, radius, width, height)

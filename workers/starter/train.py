@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def main() -> None:
 
 def _work(rank: int, ranks: int, runs: Path, meeting: Path) -> None:
     torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # beside other work both had landed on one
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     tokenizer = new_tokenizer()
     vae = train_vae(runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from workers.starter.train_vae import encode, to_tensor
 from workers.starter.training import Course, first_rank_first, fit, ranks
 
 STEPS = 6500
+POLISH_STEPS = 3000  # for outlines, once words are understood
 BATCH = 32  # of 64x64; fewer of larger pictures, so that each step costs about the same
 OBJECT_WEIGHT = 3.0
 PLAIN_SHARE = 0.6  # of the rows are picked among single things on plain backgrounds, the rest among all
+HARD = {"star": 3, "ring": 2}  # come that many times as often among those
 WITHOUT_CAPTION = 0.1  # what guidance steers away from
 # (width, height): how many pictures, share of the steps
 SHARES = {
@@ -41,7 +44,10 @@ class Shelf:
 
     def rows(self, count: int) -> list[int]:
         plain = [
-            r for r, scene in enumerate(self.scenes) if len(scene.things) == 1 and scene.style == "plain"
+            r
+            for r, scene in enumerate(self.scenes)
+            if len(scene.things) == 1 and scene.style == "plain"
+            for _ in range(HARD.get(scene.things[0].shape, 1))
         ]
         lots = torch.rand(count, 2).tolist()
         return [
@@ -92,20 +98,22 @@ def train_unet(
     middle: list[torch.Tensor] = [torch.empty(0)]
     hook = unet.mid_block.register_forward_hook(lambda _block, _given, out: middle.__setitem__(0, out))
 
-    def loss(turn: int) -> torch.Tensor:
+    def loss(turn: int, times: Callable[[int], torch.Tensor]) -> torch.Tensor:
         latents, captions = _pick(shelves, turn)
         words = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        times = _times(len(latents), len(alphas))
+        at = (times(len(latents)) * len(alphas)).long().clamp(max=len(alphas) - 1)
         noise = torch.randn_like(latents)
-        signal, disorder = (a.sqrt()[times, None, None, None] for a in (alphas, 1 - alphas))
+        signal, disorder = (a.sqrt()[at, None, None, None] for a in (alphas, 1 - alphas))
         with torch.no_grad():
             hidden = text(words).last_hidden_state
         with torch.autocast("cpu", torch.bfloat16):
-            seen = unet(signal * latents + disorder * noise, times, hidden).sample
+            seen = unet(signal * latents + disorder * noise, at, hidden).sample
         error = (seen.float() - (signal * noise - disorder * latents)).square()
         return (error * _weight(latents)).mean() + 0.1 * _lost(compass(middle[0].float().movedim(1, -1)))
 
-    fit(nn.ModuleDict({"unet": unet, "compass": compass}), loss, Course("unet", STEPS, 1.8e-3, folder))
+    both = nn.ModuleDict({"unet": unet, "compass": compass})
+    fit(both, lambda turn: loss(turn, _late), Course("unet", STEPS, 1.8e-3, folder))
+    fit(both, lambda turn: loss(turn, _middle), Course("polish", POLISH_STEPS, 1.2e-3, folder))
     hook.remove()
     return unet
 
@@ -119,10 +127,19 @@ def _lost(position: torch.Tensor) -> torch.Tensor:
     return (position - torch.stack(torch.meshgrid(down, across, indexing="ij"), -1)).square().mean()
 
 
-def _times(count: int, last: int) -> torch.Tensor:
-    """Draw times, late ones oftener: words decide only while the noise hides the picture."""
-    earliest = torch.where(torch.rand(count) < 0.6, 0.45, 0.0)
-    return ((earliest + torch.rand(count) * (1 - earliest)) * last).long().clamp(max=last - 1)
+def _late(count: int) -> torch.Tensor:
+    """Draw times from 0 to 1, late ones oftener: words decide only while the noise hides the picture."""
+    return _from(torch.where(torch.rand(count) < 0.6, 0.45, 0.0), 1.0)
+
+
+def _middle(count: int) -> torch.Tensor:
+    """Draw times, those oftener at which outlines are decided."""
+    often = torch.rand(count) < 0.7
+    return _from(torch.where(often, 0.3, 0.0), torch.where(often, 0.85, 1.0))
+
+
+def _from(earliest: torch.Tensor, latest: torch.Tensor | float) -> torch.Tensor:
+    return earliest + torch.rand(len(earliest)) * (latest - earliest)
 
 
 def _weight(latents: torch.Tensor) -> torch.Tensor:

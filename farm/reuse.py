@@ -1,0 +1,121 @@
+"""Reuse: of equal frames of one account one is rendered, the others are answered with its image.
+
+Equal are frames of the same fingerprint and format whose seeds were asked for. Whoever may end the waiting of a
+frame (its equal was settled, given back or cancelled; a job was paused, resumed, cancelled or moved to another
+class; a submission put it there) writes a row into waiters_due in its own transaction; the sweep looks at the
+frames these rows name. So nothing is missed, whichever commits first, and nobody waits for a frame that ended.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from farm import pricing, queue
+from farm.catalog import Method
+from farm.db import sql
+from farm.errors import Invalid
+
+Key = tuple[bytes, str]  # fingerprint and format
+
+LOCKS = 64  # an account's submissions that may ask for the same take turns, in so many groups
+CHUNK = 10_000  # keys a statement
+LOCKED = 1000  # a larger submission takes no lock: it would hold up the account's others for long
+
+
+def rates(db: Session, account_id: UUID, *, currency: str, models: Iterable[str]) -> dict[str, pricing.Rate]:
+    """The prices of reusing an image of these models; where nobody set one it is 0, from now on."""
+    wanted = dict.fromkeys(models, Method.REUSE)
+    try:
+        return pricing.current(db, account_id=account_id, currency=currency, models=wanted)
+    except Invalid:
+        for model in sorted(wanted):
+            pricing.start_free_reuse(db, model, currency)
+        return pricing.current(db, account_id=account_id, currency=currency, models=wanted)
+
+
+def equals(db: Session, account_id: UUID, *, priority: int, keys: Collection[Key]) -> dict[Key, bool]:
+    """Of these keys those that need not be rendered: True if an image is known, False if it is being made.
+
+    Of two small submissions at once that ask for the same, the later waits here until the earlier is committed.
+    """
+    wanted = list(keys)
+    if len(wanted) <= LOCKED:
+        groups = sorted({_lock(account_id, fingerprint) for fingerprint, _ in wanted})
+        db.execute(
+            text("SELECT pg_advisory_xact_lock(k) FROM unnest(CAST(:k AS bigint[])) AS k"), {"k": groups}
+        )
+    found = {}
+    for start in range(0, len(wanted), CHUNK):
+        part = wanted[start : start + CHUNK]
+        asked = {"fingerprints": [k[0] for k in part], "formats": [k[1] for k in part]}
+        rows = db.execute(sql("equals"), {"account_id": account_id, "priority": priority, **asked})
+        found.update({part[r.no]: r.known for r in rows})
+    return found
+
+
+def _lock(account_id: UUID, fingerprint: bytes) -> int:
+    name = b"reuse" + account_id.bytes + bytes([fingerprint[0] % LOCKS])
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], signed=True)
+
+
+def look_later(db: Session, account_id: UUID, fingerprints: Iterable[bytes]) -> None:
+    """Have the sweep look at the frames that wait for these, once this is committed."""
+    db.execute(
+        text(
+            "INSERT INTO waiters_due (account_id, fingerprints) VALUES (:account, CAST(:fingerprints AS bytea[]))"
+        ),
+        {"account": account_id, "fingerprints": list(fingerprints)},
+    )
+
+
+def answer_waiters(db: Session, *, rows: int = 1000, frames: int = 500) -> int:
+    """Look at waiting frames that are due: end them, queue them, or let them wait on.
+
+    rows of waiters_due at a time, and so many frames of each; a row that names more stays for the next time.
+    Returns how many rows were looked at.
+    """
+    due = db.execute(
+        text(
+            "SELECT id, account_id, fingerprints IS NULL AS every, after FROM waiters_due"
+            " ORDER BY id LIMIT :n FOR UPDATE SKIP LOCKED"
+        ),
+        {"n": rows},
+    ).all()
+    if not due:
+        return 0
+    waiting = db.execute(sql("waiters"), {"due": _once(db, due), "n": frames}).all()
+    if waiting:
+        queue.answer(db, {r.id: r.job_id for r in waiting})
+    full = [no for no, found in Counter(r.due for r in waiting).items() if found == frames]
+    for no in full:
+        last = max(r.id for r in waiting if r.due == no)
+        db.execute(text("UPDATE waiters_due SET after = :after WHERE id = :id"), {"after": last, "id": no})
+    done = [d.id for d in due if d.id not in full]
+    db.execute(text("DELETE FROM waiters_due WHERE id = ANY (:done)"), {"done": done})
+    return len(due)
+
+
+def _once(db: Session, due: Sequence[Any]) -> list[int]:
+    """The rows of accounts that have waiting frames; of several that name all of an account's, one."""
+    busy = set(
+        db.scalars(
+            text(
+                "SELECT a FROM unnest(CAST(:accounts AS uuid[])) AS a"
+                " WHERE EXISTS (SELECT FROM frames AS f WHERE f.account_id = a AND f.status = 'waiting')"
+            ),
+            {"accounts": list({d.account_id for d in due})},
+        )
+    )
+    every: Mapping[tuple[UUID, bool], int] = {
+        (d.account_id, d.after is None): d.id for d in due if d.every and d.account_id in busy
+    }
+    return [
+        d.id
+        for d in due
+        if d.account_id in busy and (not d.every or every[d.account_id, d.after is None] == d.id or d.after)
+    ]

@@ -1,0 +1,25 @@
+-- The waiting frames these rows of waiters_due ask to look at, :n a row at most, each in the order of their ids.
+-- Reads frames_equal_idx and frames_waiting_idx.
+SELECT d.id AS due, f.id, f.job_id
+FROM waiters_due AS d
+CROSS JOIN LATERAL (
+    SELECT f.id, f.job_id
+    FROM frames AS f
+    WHERE f.account_id = d.account_id AND f.fingerprint = ANY (d.fingerprints) AND f.seeded AND f.status = 'waiting'
+      AND f.id > coalesce(d.after, '00000000-0000-0000-0000-000000000000')
+    ORDER BY f.id
+    LIMIT :n
+) AS f
+WHERE d.id = ANY (CAST(:due AS bigint[])) AND d.fingerprints IS NOT NULL
+UNION ALL
+SELECT d.id, f.id, f.job_id
+FROM waiters_due AS d
+CROSS JOIN LATERAL (
+    SELECT f.id, f.job_id
+    FROM frames AS f
+    WHERE f.account_id = d.account_id AND f.status = 'waiting'
+      AND f.id > coalesce(d.after, '00000000-0000-0000-0000-000000000000')
+    ORDER BY f.id
+    LIMIT :n
+) AS f
+WHERE d.id = ANY (CAST(:due AS bigint[])) AND d.fingerprints IS NULL
