@@ -35,7 +35,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from farm.catalog import PackLimit
-from farm.db import sql
+from farm.db import hot, sql
 from farm.settings import settings
 from farm.spec import Spec
 from farm.tables import Pack
@@ -143,15 +143,15 @@ def claim_pack(
     limits: what a pack of each model may hold. ageing: a lane unserved too long may come before its class.
     engines: what renders each model here, versions and the model's revision; kept for provenance.
     """
-    head = db.execute(
-        sql("head"), {"models": list(models), "ageing": ageing, "ageing_s": settings().ageing_s}
-    ).first()
-    if head is None:
+    found = hot(db, "head", {"models": list(models), "ageing": ageing, "ageing_s": settings().ageing_s})
+    if not found:
         return None
+    head = found[0]
     limit = limits[head.model]
     frames = max(1, min(limit.frames, limit.pixels // head.pixels))
-    rows = db.execute(
-        sql("claim"),
+    claimed = hot(
+        db,
+        "claim",
         {
             "model": head.model,
             "priority": head.priority,
@@ -164,7 +164,7 @@ def claim_pack(
             "lease_s": settings().lease_s,
             "engine": json.dumps(dict(engines[head.model])) if engines else None,
         },
-    ).all()
+    )
     taken = tuple(
         ClaimedFrame(
             r.id,
@@ -174,22 +174,22 @@ def claim_pack(
             r.account_id,
             r.seed,
             r.work,
-            Spec.from_json(r.spec),
+            Spec.from_text(r.spec),
             r.prompt,
         )
-        for r in rows
+        for r in claimed
     )
-    if emptied := sorted({(r.job_id, r.key_no) for r in rows if r.emptied}):
+    if emptied := sorted({(r.job_id, r.key_no) for r in claimed if r.emptied}):
         _close(db, emptied)
     return ClaimedPack(
-        id=rows[0].pack_id,
+        id=claimed[0].pack_id,
         worker=worker,
         model=head.model,
         call_key=head.call_key,
         priority=head.priority,
         aged=head.aged,
         full=len(taken) == frames,
-        lease_until=rows[0].lease_until,
+        lease_until=claimed[0].lease_until,
         frames=taken,
     )
 
@@ -229,22 +229,22 @@ def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, i
     """
     if not stored:
         return Settled(frozenset(), frozenset(), frozenset())
-    locked = db.execute(
-        sql("hold"), {"packs": list({s.pack_id for s in stored}), "jobs": list({s.job_id for s in stored})}
-    ).all()
-    rows = db.execute(
-        sql("settle"),
+    packs, jobs = {s.pack_id for s in stored}, {s.job_id for s in stored}
+    locked = hot(db, "hold", {"packs": list(packs), "jobs": list(jobs)})
+    ended = hot(
+        db,
+        "settle",
         {
             "stored": json.dumps([_as_json(s, gpu_ms or {}) for s in stored]),
             "frames": [s.frame_id for s in stored],
             "held": [r.pack_id for r in locked if r.pack_id],
             "cancelled_jobs": [r.job_id for r in locked if r.status == "cancelled"],
         },
-    ).all()
+    )
     return Settled(
-        frozenset(r.id for r in rows if not r.cancelled),
-        frozenset(r.id for r in rows if r.cancelled),
-        frozenset(r.job_id for r in rows if r.over),
+        frozenset(r.id for r in ended if not r.cancelled),
+        frozenset(r.id for r in ended if r.cancelled),
+        frozenset(r.job_id for r in ended if r.over),
     )
 
 

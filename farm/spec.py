@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -106,6 +107,12 @@ class Spec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Spec":
         return cls(**{**data, "format": Format(data["format"])})
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def from_text(cls, text: str) -> "Spec":
+        """The same of JSON's text. Frames of a job mostly share theirs, so it is read once."""
+        return cls.from_json(json.loads(text))
 
 
 def resolve(asked: Asked, models: Catalog, *, path: str = "") -> Spec | list[Fault]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from decimal import Decimal
@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from farm import accounts, jobs, ledger, pricing, queue
 from farm.accounts import Caller, Role
 from farm.catalog import BUILTIN, Catalog, Model, PackLimit, read
-from farm.db import sql, transaction
+from farm.db import hot, sql, transaction
 from farm.queue import ClaimedFrame, ClaimedPack, Settled, StoredFrame
 from farm.storage import image_key
 
@@ -274,12 +274,20 @@ def before(statement: str, act: Callable[[], object], monkeypatch: pytest.Monkey
     """Do something, once, in the moment before queue.py runs a statement of farm/sql."""
     acts = [act]
 
-    def sql_after_act(name: str) -> Any:
+    def once(name: str) -> None:
         if name == statement and acts:
             acts.pop()()
+
+    def sql_after_act(name: str) -> Any:
+        once(name)
         return sql(name)
+
+    def hot_after_act(db: Session, name: str, values: Mapping[str, Any]) -> Any:
+        once(name)
+        return hot(db, name, values)
 
     with monkeypatch.context() as patch:
         patch.setattr(queue, "sql", sql_after_act)
+        patch.setattr(queue, "hot", hot_after_act)
         yield
     assert not acts, f"{statement} was not run"

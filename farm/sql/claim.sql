@@ -73,7 +73,8 @@ WITH own AS MATERIALIZED (
     WHERE f.id = ANY (ARRAY (SELECT id FROM picked))
       AND f.id >= (SELECT id FROM picked ORDER BY id LIMIT 1)
       AND f.id <= (SELECT id FROM picked ORDER BY id DESC LIMIT 1)
-    RETURNING f.id, f.job_id, f.index AS frame_index, f.key_no, f.account_id, f.seed, f.work, f.spec
+    RETURNING f.id, f.job_id, f.index AS frame_index, f.key_no, f.account_id, f.seed, f.work,
+              CAST(f.spec AS text) AS spec
 ), cost AS (
     SELECT p.priority, p.account_id, sum(t.work) / a.weight AS served
     FROM taken AS t

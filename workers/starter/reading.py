@@ -40,13 +40,13 @@ class Seen:
     things: tuple[SeenThing, ...]
 
     def relation(self) -> str | None:
-        """Return where the upper or left one of two things is, seen from the other, with both colours."""
+        """Return where the upper or left one of two things is, seen from the other; both by their colours."""
         if len(self.things) != 2:
             return None
         one, two = self.things
         flat = abs(one.x - two.x) > abs(one.y - two.y)
         one, two = sorted(self.things, key=lambda t: t.x if flat else t.y)
-        return f"{one.colour} {one.shape} {'left of' if flat else 'above'} {two.colour} {two.shape}"
+        return f"{one.colour} {'left of' if flat else 'above'} {two.colour}"
 
 
 def read(picture: Picture) -> Seen:
@@ -95,6 +95,11 @@ def _grown(piece: Mask) -> Mask:
     return grown
 
 
+def _reach(shape: str) -> float:
+    """How far a shape of radius 1 goes: a square stays within 0.9."""
+    return max(abs(coordinate) for corner in SHAPES[shape][0] for coordinate in corner)
+
+
 def _thing(picture: Picture, piece: Mask, paint: NDArray[np.float32]) -> SeenThing:
     colour = colour_of(picture[piece])
     own = np.median(picture[piece], axis=0)
@@ -105,8 +110,8 @@ def _thing(picture: Picture, piece: Mask, paint: NDArray[np.float32]) -> SeenThi
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     height, width = piece.shape
     x, y = float(left + right) / 2 / width, float(top + bottom) / 2 / height
-    radius = float(max(bottom - top, right - left)) / 2 / min(height, width)
     shape, likeness = shape_of(solid[top:bottom, left:right])
+    radius = float(max(bottom - top, right - left)) / 2 / min(height, width) / _reach(shape)
     return SeenThing(shape, colour, x, y, radius, place_of(x, y, radius, width, height), likeness)
 
 
