@@ -145,6 +145,7 @@ def claim_pack(
     """
     found = hot(db, "head", {"models": list(models), "ageing": ageing, "ageing_s": settings().ageing_s})
     if not found:
+        _close_empty(db, models)
         return None
     head = found[0]
     limit = limits[head.model]
@@ -192,6 +193,13 @@ def claim_pack(
         lease_until=claimed[0].lease_until,
         frames=taken,
     )
+
+
+def _close_empty(db: Session, models: Sequence[str]) -> None:
+    """Close what two claims emptied at the same moment: each saw the other's frames queued still, and left it open."""
+    empty = db.execute(sql("empty_keys"), {"models": list(models)}).all()
+    if empty:
+        _close(db, [(r.job_id, r.key_no) for r in empty])
 
 
 def _close(db: Session, keys: Sequence[tuple[UUID, int]]) -> None:
@@ -342,6 +350,7 @@ def _give_back(
             "packs": held,
             "frames": None if frames is None else list(frames),
             "blame": outcome is not Outcome.RELEASED,
+            "lost": outcome is Outcome.LOST,
             "max_attempts": settings().max_attempts,
             "reason": reason,
         },

@@ -1423,6 +1423,35 @@ def test_a_frame_that_took_three_packs_down_alone_fails_with_the_reason(
     assert claim() is None
 
 
+def test_a_frame_whose_worker_could_not_reach_a_restarted_database_is_not_blamed(books: str) -> None:
+    # given
+    submit(account(), 1)
+    pack = must_claim()
+    ask("UPDATE packs SET claimed_at = pg_postmaster_start_time() - interval '1 second'")
+
+    # when
+    lose(pack)
+
+    # then
+    assert ask("SELECT attempts, suspect, status FROM frames") == [(0, True, "queued")]
+
+
+def test_a_key_that_two_claims_left_open_is_closed_by_the_next_that_finds_nothing(books: str) -> None:
+    # given what two claims leave that take a key's last frames at the same moment
+    job = submit(account(), 1)
+    pack = must_claim()
+    ask("UPDATE job_keys SET open = true")
+    ask("UPDATE job_lanes SET open = true")
+
+    # when
+    assert claim() is None
+
+    # then
+    assert ask("SELECT open FROM job_keys UNION ALL SELECT open FROM job_lanes") == [(False,), (False,)]
+    fail(pack)
+    assert must_claim().frames[0].job_id == job
+
+
 def test_one_bad_frame_fails_alone_and_its_neighbours_are_done_without_blame(books: str) -> None:
     # given the frame of index 2 takes down every pack it is in
     caller = account()
