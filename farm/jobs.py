@@ -195,6 +195,10 @@ def submit(
     if idempotency_key is not None and (earlier := _earlier(db, caller, idempotency_key, body_sha256)):
         return earlier, False
     draft = _draft(submission, models or catalog())
+    if (
+        len(draft.frames) > FORESEEN
+    ):  # a million frames take seconds between two statements; nothing is locked yet
+        db.execute(text("SET LOCAL idle_in_transaction_session_timeout = '5min'"))
     quote, rates = _rates(db, caller, submission, draft)
     matched = _match(db, caller, submission, draft, rates)
     costs = pricing.total([draft.quote(rates), *matched.savings])
