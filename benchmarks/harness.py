@@ -242,9 +242,9 @@ def requests(
     for k, first in enumerate(range(0, frames, a_job)):
         count = min(a_job, frames - first)
         asked = {**ask, "prompt": PROMPTS[k % len(PROMPTS)], "seed": first, "count": count}
-        made.append(
-            (owners[k % len(owners)], Submission.model_validate({"spec": asked, "priority": priority}))
-        )
+        # the same seeds in each round, and each time rendered
+        body = {"spec": asked, "priority": priority, "reuse": False}
+        made.append((owners[k % len(owners)], Submission.model_validate(body)))
     return made
 
 

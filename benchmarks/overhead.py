@@ -22,7 +22,7 @@ from farm.db import transaction
 
 MODEL = {"model": "starter"}
 WARM_UP = 16  # frames
-TARGETS = [Target("farm_of_bare_loop", at_least=0.95), Target("farm_of_tuned_loop", at_least=0.95)]
+TARGETS = [Target("farm_of_bare_loop", at_least=0.95)]
 
 
 @dataclass
