@@ -4,7 +4,7 @@
 The plain alternative is the queue everybody writes first, ORDER BY id … FOR UPDATE SKIP LOCKED on the same table,
 which knows neither lanes nor keys: measured in turns with ours, it is a yardstick for the machine.
 
-Then four processes claim packs of 32 and settle them by 16 frames as a worker does, nothing rendered, a sweep beside
+Then four processes claim packs of 16 and settle each beside the next claim, as a worker does, nothing rendered, a sweep beside
 them; and the verbs on a job of a million frames.
 """
 
@@ -38,7 +38,7 @@ SHAPES = [(64, 64), (96, 64), (64, 96), (96, 96)]
 SPECS = [{"width": w, "height": h, "steps": s} for w, h in SHAPES for s in (10, 20)]  # 8 keys
 FRAMES_A_JOB = 10_000
 LIMITS = {"starter": PackLimit(frames=8, pixels=1 << 30)}
-LARGE = {"starter": PackLimit(frames=32, pixels=1 << 30)}
+LARGE = {"starter": PackLimit(frames=16, pixels=1 << 30)}
 
 PLAIN = """
 UPDATE frames SET status = 'claimed', pack_id = :pack WHERE id = ANY (ARRAY (
