@@ -4,8 +4,8 @@
 The plain alternative is the queue everybody writes first, ORDER BY id … FOR UPDATE SKIP LOCKED on the same table,
 which knows neither lanes nor keys: measured in turns with ours, it is a yardstick for the machine.
 
-Then four processes claim packs of 16 and settle each beside the next claim, as a worker does, nothing rendered, a sweep beside
-them; and the verbs on a job of a million frames.
+Then four processes claim packs of 16 and settle each beside the next claim, as a worker does, nothing rendered, a
+sweep beside them; and the verbs on a job of a million frames.
 """
 
 import hashlib
