@@ -120,15 +120,14 @@ def build(
 def test_nothing_is_lost_or_billed_twice_whatever_is_killed(folder, servers, crew, proxy, capsys):
     then = 0.005 if LONG else 0
     each = Chance(first=0.03 if LONG else 0.2, until=HITS, then=then)
+    # who thaws too late may be told so before it settles, or be killed: another one freezes then
+    frozen = Chance(first=0.1, until=1, then=then, aim="refused by the fence")
     house = build(
         folder,
         servers,
         "farm",
         kills=dict.fromkeys(POINTS, each),
-        freezes={
-            "rendered": Chance(first=0.1, until=2, then=then),
-            "stored": Chance(first=0.1, until=2, then=then),
-        },
+        freezes={"rendered": frozen, "stored": frozen},
         store_faults=dict.fromkeys(STORE_FAULTS, each),
         proxy=proxy,
     )

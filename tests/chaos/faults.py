@@ -34,11 +34,15 @@ STORE_FAULTS = ("put refused", "put timed out", "put done but not answered")
 
 @dataclass(frozen=True)
 class Chance:
-    """How likely something is: `first` until it happened `until` times, `then` from there on."""
+    """How likely something is: `first` until it happened `until` times, `then` from there on.
+
+    Where it is done for the sake of something else that does not always follow, `aim` names what is counted instead.
+    """
 
     first: float
     until: int
     then: float = 0.0
+    aim: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Fate:
     def strikes(self, what: str, chance: Chance | None) -> bool:
         if chance is None:
             return False
-        likely = chance.first if self.tally.count(what) < chance.until else chance.then
+        likely = chance.first if self.tally.count(chance.aim or what) < chance.until else chance.then
         return random.random() < likely
 
     def reached(self, point: str) -> None:
