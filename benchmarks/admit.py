@@ -21,11 +21,11 @@ from sqlalchemy import text
 
 from benchmarks import harness
 from benchmarks.harness import Target, quantile, say
-from farm import accounts, budgets, jobs
+from farm import accounts, budgets, submissions
 from farm.accounts import Caller
 from farm.db import engine, transaction
 from farm.errors import BudgetExceeded
-from farm.jobs import Submission
+from farm.submissions import Submission
 
 PROCESSES, CLIENTS = 4, 8  # of each
 SPEC: dict[str, Any] = {"prompt": "a red circle on a blue background", "steps": 1}
@@ -56,7 +56,8 @@ def main() -> int:
         _limit(hot, WITHOUT)
         context = multiprocessing.get_context("spawn")
         sweep = harness.process([sys.executable, "-c", harness.SWEEP], log=folder / "sweep.log")
-        with sweep, context.Pool(PROCESSES) as pool:
+        together = context.Barrier(PROCESSES)
+        with sweep, context.Pool(PROCESSES, _join, (together,)) as pool:
             pool.map(_warm, range(PROCESSES), chunksize=1)
             figures = _rate(pool, plain, scale, "without_budget")
             figures |= _rate(pool, hot, scale, "few")
@@ -87,7 +88,7 @@ def _fill(owner: Caller, scale: Scale) -> None:
     for number in range(scale.open_jobs):
         with transaction() as db:
             spec = {**SPEC, "prompt": f"picture {number}", "count": scale.frames_a_job}
-            jobs.submit(db, owner, Submission(spec=spec))
+            submissions.submit(db, owner, Submission(spec=spec))
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE"))
 
@@ -130,9 +131,17 @@ def _exactly(pool: Any, owner: Caller, scale: Scale) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ the clients
 
 
+_started: Any = None  # the barrier that these processes meet at: each takes one task, and all begin at once
+
+
+def _join(together: Any) -> None:
+    global _started  # noqa: PLW0603 - a barrier reaches a pool's process only when it is made
+    _started = together
+
+
 def _warm(_number: int) -> None:
     _all(lambda: [_touch()])
-    time.sleep(1)  # so that each process gets one of these
+    _started.wait(60)
 
 
 def _touch() -> None:
@@ -142,6 +151,7 @@ def _touch() -> None:
 
 def _send_for(owner: Caller, seconds: float) -> list[float]:
     """Seconds of each admission of this process's clients."""
+    _started.wait(60)
     end = time.monotonic() + seconds
 
     def client() -> list[float]:
@@ -156,6 +166,7 @@ def _send_for(owner: Caller, seconds: float) -> list[float]:
 
 def _send_until_refused(owner: Caller) -> tuple[int, int]:
     """Jobs that were granted to this process's clients, and refused."""
+    _started.wait(60)
 
     def client() -> list[bool]:
         answers: list[bool] = []
@@ -173,7 +184,7 @@ def _send_until_refused(owner: Caller) -> tuple[int, int]:
 
 def _admit(owner: Caller) -> None:
     with transaction() as db:
-        jobs.submit(db, owner, Submission(spec=SPEC))
+        submissions.submit(db, owner, Submission(spec=SPEC))
 
 
 def _all(client: Callable[[], list[Any]]) -> list[Any]:

@@ -24,14 +24,14 @@ from sqlalchemy.orm import Session
 
 from benchmarks import harness
 from benchmarks.harness import Target, quantile, say
-from farm import jobs, queue, sweep
+from farm import jobs, queue, submissions, sweep
 from farm.accounts import Caller
 from farm.catalog import PackLimit
 from farm.db import engine, transaction
 from farm.ids import public
-from farm.jobs import Submission
 from farm.queue import ClaimedPack, StoredFrame
 from farm.settings import settings
+from farm.submissions import Submission
 
 PRIORITIES = (9, 5, 1)
 SHAPES = [(64, 64), (96, 64), (64, 96), (96, 96)]
@@ -104,7 +104,7 @@ def _empty_lanes(owners: list[Caller]) -> None:
     for owner in owners:
         with transaction() as db:
             for priority in PRIORITIES:
-                job, _ = jobs.submit(db, owner, Submission(spec={"prompt": "x"}, priority=priority))
+                job, _ = submissions.submit(db, owner, Submission(spec={"prompt": "x"}, priority=priority))
                 jobs.cancel(db, owner.account_id, job)
     sweep.tidy()
 
@@ -126,7 +126,7 @@ def _fill(owners: list[Caller], frames: int) -> None:
             ]
             specs[0]["count"] += count - sum(spec["count"] for spec in specs)
             with transaction() as db:
-                jobs.submit(db, owner, Submission(specs=specs, priority=priority))
+                submissions.submit(db, owner, Submission(specs=specs, priority=priority))
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE"))
 
@@ -239,7 +239,9 @@ def _verbs(owner: Caller, frames: int) -> dict[str, float]:
     say(f"a job of {frames} frames")
     times: dict[str, list[float]] = {"pause": [], "resume": [], "priority": [], "cancel": []}
     with transaction() as db:
-        job, _ = jobs.submit(db, owner, Submission(spec={"prompt": "x", "count": frames}, priority="bulk"))
+        job, _ = submissions.submit(
+            db, owner, Submission(spec={"prompt": "x", "count": frames}, priority="bulk")
+        )
     say(f"the verbs on {public('job', job)}")
     for turn in range(7):
         _timed(times["pause"], lambda db: jobs.pause(db, owner.account_id, job))

@@ -23,10 +23,10 @@ from uuid import UUID
 
 from sqlalchemy import text
 
-from farm import accounts, catalog, db, embedded, jobs, ledger, pricing, tokens
+from farm import accounts, catalog, db, embedded, jobs, ledger, pricing, submissions, tokens
 from farm.accounts import Caller
-from farm.jobs import Submission
 from farm.settings import settings
+from farm.submissions import Submission
 
 SECRET = "a secret of the benchmarks, 32 characters or more"
 REPOSITORY = Path(__file__).parent.parent
@@ -191,9 +191,9 @@ def process(command: Sequence[str], *, log: Path, env: Mapping[str, str] | None 
 
 
 @contextmanager
-def farm(folder: Path, pool: str) -> Iterator[None]:
+def farm(folder: Path, pool: str, *, module: str = "workers") -> Iterator[None]:
     """A sweep, and one worker of this pool on one CPU thread."""
-    workers = [sys.executable, "-m", "workers", "--pool", pool, "--cpus", "1"]
+    workers = [sys.executable, "-m", module, "--pool", pool, "--cpus", "1"]
     with (
         process([sys.executable, "-c", SWEEP], log=folder / "sweep.log"),
         process(workers, log=folder / f"worker-{pool}.log") as worker,
@@ -251,7 +251,7 @@ def requests(
 def submit(requests: Requests) -> list[UUID]:
     """Accept all of these in one transaction, so that they are queued at once, and wake their workers."""
     with db.transaction() as session:
-        accepted = [jobs.submit(session, caller, submission)[0] for caller, submission in requests]
+        accepted = [submissions.submit(session, caller, submission)[0] for caller, submission in requests]
         models = sorted({m for job in accepted for m in jobs.models_of(session, job)})
     tokens.wake(models)
     return accepted

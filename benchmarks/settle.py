@@ -1,7 +1,7 @@
 """Settling with 8 processes, packs of 1 and of 16, against a bare INSERT of the same rows in the same run.
 
 Eight processes claim their packs first; what is timed is queue.settle() and its commit, with fsync, as a worker calls
-it: the fence, frames done, images, charges with their checks and deferred triggers, counts and events. The bare side
+it: the fence, frames done, images, charges with their checks and triggers, counts and events. The bare side
 inserts the very rows that settle wrote (image, usage, count, event), in one statement and one transaction a pack,
 prepared before, into copies of those tables that have their indexes and nothing else: no frame is touched, nothing is
 checked. Both take turns with the same processes; ratios are medians of these turns. Between turns the sweep relays
@@ -27,12 +27,12 @@ from sqlalchemy import text
 
 from benchmarks import harness
 from benchmarks.harness import Target, ratio, say
-from farm import jobs, queue, sweep
+from farm import queue, submissions, sweep
 from farm.accounts import Caller
 from farm.catalog import PackLimit
 from farm.db import engine, transaction
-from farm.jobs import Submission
 from farm.queue import ClaimedPack, StoredFrame
+from farm.submissions import Submission
 
 PROCESSES = 8
 TABLES = ("images", "usage", "counts", "outbox")
@@ -49,7 +49,7 @@ class Scale:
 
 
 FULL = Scale(turns=5, packs_of_1=200, packs_of_16=100, rows=10_000_000)
-QUICK = Scale(turns=2, packs_of_1=50, packs_of_16=25, rows=200_000)
+QUICK = Scale(turns=1, packs_of_1=40, packs_of_16=20, rows=100_000)
 
 BARE = " ".join(
     ["WITH", ", ".join(
@@ -129,7 +129,7 @@ def _turn(workers: list["_Worker"], owners: list[Caller], *, size: int, packs: i
     for owner in owners:
         with transaction() as db:
             asked = {"prompt": "x", "count": packs * size}
-            jobs.submit(db, owner, Submission(spec=asked, **_reuse()))
+            submissions.submit(db, owner, Submission(spec=asked, **_reuse()))
     _all(workers, ("claim", size, packs))
     began = time.perf_counter()
     _all(workers, ("settle",))

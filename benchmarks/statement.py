@@ -3,7 +3,10 @@
 The charges are real: jobs that were submitted, claimed and settled; then copied a thousand times over within the
 database, with the triggers off, and spread over the last month. Then it closes in batches, as the farm does it, while
 another account's packs are claimed and settled beside it. The audit at the end proves that lines partition the rows.
-Memory is what the closing process grows by between the tenth batch and the last.
+Memory is what the closing process grows by between the tenth batch and the last. cpu_s is what the backends that closed
+took of a core: what else the machine does is not in it.
+
+Then all of these rows are exported as NDJSON, as the API writes them, and the margin of the month is computed.
 """
 
 import resource
@@ -13,16 +16,18 @@ import time
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 
+import psutil
 from sqlalchemy import text
 
 from benchmarks import harness
 from benchmarks.harness import Target, quantile, say
-from farm import jobs, queue, statements, sweep
+from farm import jobs, margin, queue, statements, submissions, sweep
 from farm.accounts import Caller
+from farm.api.usage import ndjson
 from farm.catalog import PackLimit
 from farm.db import engine, transaction
-from farm.jobs import Submission
 from farm.queue import ClaimedPack, StoredFrame
+from farm.submissions import Submission
 from farm.tables import Account
 
 FULL, QUICK = 1_000_000, 50_000
@@ -32,9 +37,10 @@ SEED = 1000  # frames that are really settled; the others are copies of them
 NOW = datetime.now(UTC)
 MONTH = (date(NOW.year, NOW.month, 1) - timedelta(days=1)).replace(day=1)
 
-# a copied frame keeps its job and gets the next ids of it; image, charge and counts with it
+# a copied frame keeps its job and gets the next ids of it; image, charge, event and counts with it
 COPIES = (
     "SET LOCAL session_replication_role = replica",
+    "SET LOCAL enable_seqscan = on",
     """INSERT INTO frames (id, job_id, index, key_no, account_id, status, seed, work, quantity, price_id, image_id,
                            ended_at, fingerprint, spec)
        SELECT (left(j.id::text, 30) || lpad(to_hex(n + 1), 6, '0'))::uuid, j.id, n, f.key_no, f.account_id, 'done', n,
@@ -49,12 +55,34 @@ COPIES = (
        FROM frames AS f
        JOIN usage AS u ON u.frame_id = (left(f.job_id::text, 30) || lpad(to_hex(f.index % :seed + 1), 6, '0'))::uuid
        WHERE f.account_id = :account AND f.index >= :from AND f.index < :to""",
+    """INSERT INTO events (number, account_id, job_id, frame_id, kind, data, at)
+       SELECT (SELECT max(number) FROM events) + row_number() OVER (ORDER BY f.id), f.account_id, f.job_id, f.id,
+              'frame.done', '{}', f.ended_at
+       FROM frames AS f
+       WHERE f.account_id = :account AND f.index >= :from AND f.index < :to""",
 )
+PACK, GPU_MS = 16, 640  # frames of a pack, and what they took
 SPREAD = (
     "SET LOCAL session_replication_role = replica",
-    """UPDATE usage SET at = CAST(:month AS timestamp) AT TIME ZONE 'UTC' + random() * interval '6 hours'
-                             + ('x' || right(frame_id::text, 6))::bit(24)::integer * interval '27 days' / :frames
-       WHERE account_id = :account""",
+    "SET LOCAL enable_seqscan = on",
+    # a pack at a time, and not in the order of the ids: within six hours
+    """UPDATE usage AS u
+       SET at = t.at, pack_id = ((extract(epoch FROM t.at) * 1000000)::bigint << 12) | (t.pack & 4095)
+       FROM (
+           SELECT frame_id, pack, CAST(:month AS timestamp) AT TIME ZONE 'UTC'
+                  + abs(hashint4(pack)::bigint) % 21600 * interval '1 second'
+                  + pack * :pack * (interval '27 days' / :frames) AS at
+           FROM (SELECT frame_id, (('x' || right(frame_id::text, 6))::bit(24)::integer - 1) / :pack AS pack
+                 FROM usage WHERE account_id = :account) AS n
+       ) AS t
+       WHERE u.account_id = :account AND u.frame_id = t.frame_id""",
+    """INSERT INTO packs (id, worker, model, call_key, priority, frames, work, claimed_at, lease_until, gpu_ms, outcome,
+                          closed_at)
+       SELECT u.pack_id, 'bench', min(u.model), 'bench', 5, count(*), sum(f.work), max(u.at) - interval '1 second',
+              max(u.at), :gpu_ms, 'settled', max(u.at)
+       FROM usage AS u JOIN frames AS f ON f.id = u.frame_id
+       WHERE u.account_id = :account
+       GROUP BY u.pack_id""",
     "UPDATE jobs SET frames = :frames WHERE account_id = :account",
     """UPDATE counts SET done = :frames, charged = (SELECT sum(amount) FROM usage WHERE account_id = :account)
        WHERE job_id = (SELECT id FROM jobs WHERE account_id = :account)""",
@@ -73,9 +101,12 @@ def main() -> int:
             bill = statements.find(db, db.get_one(Account, caller.account_id), MONTH)
         assert sum(line.frames for line in bill.lines) == rows
         assert bill.total == sum((line.amount for line in bill.lines), Decimal(0))
+        figures |= _export(caller, rows)
+        figures |= _margin(caller, rows)
         say(f"{bill.total} {bill.currency}, exactly {bill.exact:f}; checking the books")
     figures["rows_per_s"] = rows / figures["close_s"]
-    figures["close_s_of_1M"] = figures["close_s"] * FULL / rows
+    for name in ("close_s", "close_cpu_s", "export_s", "margin_s"):
+        figures[f"{name}_of_1M"] = figures.pop(name) * FULL / rows
     return harness.report(
         "statement",
         figures,
@@ -87,7 +118,7 @@ def _fill(caller: Caller, rows: int) -> None:
     say(f"{rows} rows of usage")
     specs = [{"prompt": "x", "steps": 1 + k % 40, "count": SEED // 40} for k in range(40)]
     with transaction() as db:
-        jobs.submit(db, caller, Submission(specs=specs, **_reuse()))
+        submissions.submit(db, caller, Submission(specs=specs, **_reuse()))
     while (pack := _claim()) is not None:
         _settle(pack)
     with transaction() as db:
@@ -98,7 +129,8 @@ def _fill(caller: Caller, rows: int) -> None:
             COPIES,
             {"from": start, "to": min(rows, start + 100_000), "seed": SEED, "account": caller.account_id},
         )
-    _run(SPREAD, {"month": MONTH, "account": caller.account_id, "frames": rows})
+    facts = {"month": MONTH, "account": caller.account_id, "frames": rows, "pack": PACK, "gpu_ms": GPU_MS}
+    _run(SPREAD, facts)
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE"))
 
@@ -135,17 +167,21 @@ def _stored(pack: ClaimedPack, k: int) -> StoredFrame:
 def _close(caller: Caller, other: Caller) -> dict[str, float]:
     """Close the month while another account's packs are settled, and say how that went."""
     say("closing, while another account's packs are settled")
-    stop, settles = threading.Event(), []
-    work = threading.Thread(target=_settle_beside, args=(other, stop, settles))
+    stop, settles, first = threading.Event(), [], threading.Event()
+    work = threading.Thread(target=_settle_beside, args=(other, stop, first, settles))
     with transaction() as db:
         account = db.get_one(Account, caller.account_id)
     work.start()
-    batches, sizes, closed = [], [], False
+    assert first.wait(60)
+    batches, sizes, closed, cpu_s = [], [], False, 0.0
     started = time.perf_counter()
     while not closed:
         began = time.perf_counter()
         with transaction() as db:
+            backend = psutil.Process(db.scalar(text("SELECT pg_backend_pid()")))
+            before = sum(backend.cpu_times()[:2])
             closed = statements.close_further(db, account, MONTH)
+            cpu_s += sum(backend.cpu_times()[:2]) - before
         batches.append(time.perf_counter() - began)
         sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     seconds = time.perf_counter() - started
@@ -155,6 +191,7 @@ def _close(caller: Caller, other: Caller) -> dict[str, float]:
         assert statements.close_further(db, account, MONTH)
     return {
         "close_s": seconds,
+        "close_cpu_s": cpu_s,
         "batches": len(batches),
         "batch_p50_ms": 1000 * quantile(batches, 0.5),
         "batch_max_ms": 1000 * max(batches),
@@ -164,11 +201,40 @@ def _close(caller: Caller, other: Caller) -> dict[str, float]:
     }
 
 
-def _settle_beside(other: Caller, stop: threading.Event, settles: list[float]) -> None:
+def _export(caller: Caller, rows: int) -> dict[str, float]:
+    say("exporting")
+    began, lines, size = time.perf_counter(), 0, 0
+    for part in ndjson(caller.account_id, 0, 2 * rows):
+        lines, size = lines + part.count("\n"), size + len(part)
+    seconds = time.perf_counter() - began
+    assert lines == rows, f"{lines} rows"
+    return {
+        "export_s": seconds,
+        "export_rows_per_s": rows / seconds,
+        "export_mib_of_1M": size * FULL / rows / 2**20,
+    }
+
+
+def _margin(caller: Caller, rows: int) -> dict[str, float]:
+    say("margin of the month")
+    since, until = statements.start_of(MONTH), statements.start_of(statements.month_after(MONTH))
+    began = time.perf_counter()
+    with transaction() as db:
+        found = margin.find(db, since=since, until=until)
+    seconds = time.perf_counter() - began
+    packs = -(-rows // PACK)
+    (share,) = [s for s in found.accounts if s.name == caller.account]
+    assert (share.frames, share.gpu_us) == (rows, packs * GPU_MS * 1000), share
+    return {"margin_s": seconds}
+
+
+def _settle_beside(
+    other: Caller, stop: threading.Event, first: threading.Event, settles: list[float]
+) -> None:
     """A worker at leisure: a pack of 16 each tenth of a second."""
     small = {"starter": PackLimit(frames=16, pixels=1 << 40)}
     with transaction() as db:
-        jobs.submit(db, other, Submission(spec={"prompt": "x", "count": 20_000}, **_reuse()))
+        submissions.submit(db, other, Submission(spec={"prompt": "x", "count": 20_000}, **_reuse()))
     while not stop.wait(0.1):
         with transaction() as db:
             pack = queue.claim_pack(db, models=["starter"], worker="bench", limits=small)
@@ -177,6 +243,7 @@ def _settle_beside(other: Caller, stop: threading.Event, settles: list[float]) -
         began = time.perf_counter()
         _settle(pack)
         settles.append(time.perf_counter() - began)
+        first.set()
 
 
 if __name__ == "__main__":

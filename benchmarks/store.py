@@ -60,7 +60,7 @@ asyncio.run(main())
 Put = Callable[[str, bytes], object]
 
 
-def timed(put: Put, images: list[tuple[str, bytes]], threads: int, took: list[float]) -> float:
+def timed(pool: ThreadPoolExecutor, put: Put, images: list[tuple[str, bytes]], took: list[float]) -> float:
     """Upload them all; images a second. Adds what each took, in seconds."""
 
     def one(image: tuple[str, bytes]) -> None:
@@ -69,9 +69,8 @@ def timed(put: Put, images: list[tuple[str, bytes]], threads: int, took: list[fl
         took.append(time.perf_counter() - started)
 
     started = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        for done in [pool.submit(one, image) for image in images]:
-            done.result()
+    for done in [pool.submit(one, image) for image in images]:
+        done.result()
     return len(images) / (time.perf_counter() - started)
 
 
@@ -95,13 +94,14 @@ def measure(port: int, *, rounds: int, images: int) -> dict[str, float]:
         speeds: dict[Put, list[float]] = {ours: [], bare: []}
         took: dict[Put, list[float]] = {ours: [], bare: []}
         cpu: dict[Put, list[float]] = {ours: [], bare: []}
-        for put in (ours, bare):
-            timed(put, files, threads, [])
-        for _ in range(rounds):
-            for put in random.sample((ours, bare), 2):
-                before = time.process_time()
-                speeds[put].append(timed(put, files, threads, took[put]))
-                cpu[put].append(time.process_time() - before)
+        with ThreadPoolExecutor(threads) as pool:
+            for put in (ours, bare):
+                timed(pool, put, files, [])
+            for _ in range(rounds):
+                for put in random.sample((ours, bare), 2):
+                    before = time.process_time()
+                    speeds[put].append(timed(pool, put, files, took[put]))
+                    cpu[put].append(time.process_time() - before)
         name = f"{threads} thread{'s' if threads > 1 else ''}"
         figures[f"through the store, PUT/s, {name}"] = median(speeds[ours])
         figures[f"bare boto3, PUT/s, {name}"] = median(speeds[bare])
@@ -119,7 +119,7 @@ def main() -> int:
     with subprocess.Popen([sys.executable, "-c", SINK], stdout=subprocess.PIPE, text=True) as sink:
         assert sink.stdout
         try:
-            figures = measure(int(sink.stdout.readline()), rounds=60 if quick else 300, images=25)
+            figures = measure(int(sink.stdout.readline()), rounds=150 if quick else 750, images=8)
         finally:
             sink.kill()
     names = [name for name in figures if name.startswith("of bare boto3")]

@@ -15,6 +15,7 @@ from enum import StrEnum
 from uuid import UUID
 
 from sqlalchemy import func, select
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from farm import ids
@@ -65,11 +66,11 @@ def create(db: Session, name: str, *, currency: str = "USD", weight: int = 1) ->
         faults.append(Fault("weight", weight, "allowed are 1 to 1000"))
     if faults:
         raise Invalid(faults)
-    if db.scalar(select(Account.id).where(Account.name == name)):
+    facts = {"id": ids.new_id(ids.clock_ms(db)), "name": name, "currency": currency, "weight": weight}
+    added = insert(Account).values(facts).on_conflict_do_nothing(index_elements=["name"])  # two at once
+    account = db.scalars(added.returning(Account)).one_or_none()
+    if account is None:
         raise Conflict("an account of this name exists", name=name)
-    account = Account(id=ids.new_id(ids.clock_ms(db)), name=name, currency=currency, weight=weight)
-    db.add(account)
-    db.flush()
     return account
 
 

@@ -16,13 +16,15 @@ class Answer(BaseModel):
 
 
 class Counts(Answer):
-    """How many of a job's frames are where; together they are all of them."""
+    """How many of a job's frames are where; the first five together are all of them."""
 
     queued: int
     running: int
     done: int
     failed: int
     cancelled: int
+    waiting: int = Field(0, description="of those queued: they wait for an equal frame's image")
+    reused: int = Field(0, description="of those done: their image was made for an equal frame")
 
 
 class JobUrls(Answer):
@@ -77,6 +79,25 @@ class ImageUrl(Answer):
 
     url: str
     expires_at: datetime
+
+
+class Input(Answer):
+    """An image that was sent to start frames from."""
+
+    id: str = Field(examples=["inp_0192f0c1a2b37c4d8e5f6a7b8c000000"])
+    sha256: str
+    bytes: int
+    width: int = Field(description="as it is shown: turned as its EXIF data says")
+    height: int
+    content_type: str
+    jobs: int = Field(description="open jobs that need it")
+    created_at: datetime
+    used_at: datetime = Field(description="last sent or asked for, within an hour")
+
+
+class Inputs(Answer):
+    inputs: list[Input]
+    next: str | None = Field(description="send it as ?before= for the older ones; null: there are none")
 
 
 class DeletedImages(Answer):
@@ -134,6 +155,7 @@ class Provenance(Answer):
     revision: str | None = Field(description="of the model; null while there is no image")
     dtype: str | None
     loras: list[str] = Field(description="hashes of what was loaded beside the model")
+    inputs: list[str] = Field([], description="hashes of the images it was started from")
     spec: dict[str, Any]
     seed: int
     seed_given: bool = Field(description="false: drawn at random; no other frame reuses this image")
@@ -212,6 +234,23 @@ class Price(Answer):
     currency: str
 
 
+class Measured(Answer):
+    """What one frame of a size took of a device, when `farm models verify` ran there."""
+
+    device: str
+    width: int
+    height: int
+    steps: int
+    seconds: float
+    peak_bytes: int
+    measured_at: datetime
+
+
+class ModelSize(Answer):
+    width: int
+    height: int
+
+
 class Model(Answer):
     """One checkpoint, what may be asked of it, and what that costs this account."""
 
@@ -226,6 +265,14 @@ class Model(Answer):
     samplers: list[str]
     sampler: str = Field(description="the one it uses if none is asked for")
     price: Price | None = Field(description="null: not for sale in this account's currency")
+    family: str = ""
+    revision: str = Field("", description="what is rendered with: a commit of its repository")
+    pools: list[str] = Field([], description="whose workers have it")
+    sizes: list[ModelSize] = Field([], description="that it was trained on; empty: any of its side's")
+    loras: list[str] = Field([], description="that a spec may name")
+    controls: list[str] = Field([], description="control nets that a spec may name")
+    takes: list[str] = Field([], description="what a spec may ask for beside text: see docs/inputs.md")
+    measured: list[Measured] = Field([], description="on devices of this farm, newest only")
 
 
 class Models(Answer):
@@ -288,6 +335,15 @@ class PackInHand(Answer):
     lease_until: datetime
 
 
+class Ailment(Answer):
+    """What a worker does not claim for a while: it was seen to fail there."""
+
+    model: str | None = Field(description="null: its device, and so every model")
+    reason: str
+    since: datetime
+    until: datetime = Field(description="it tries again then; a device has to compute right first")
+
+
 class Worker(Answer):
     """One process on one GPU."""
 
@@ -295,10 +351,11 @@ class Worker(Answer):
     pool: str
     models: list[str]
     device: str
-    state: str = Field(description="up, draining or gone")
+    state: str = Field(description="up, sick, draining or gone")
     started_at: datetime
     seen_at: datetime
     packs: list[PackInHand]
+    ailments: list[Ailment] = []
 
 
 class Workers(Answer):
@@ -313,8 +370,16 @@ class Violation(Answer):
     detail: str
 
 
+class Unseen(Answer):
+    """What an audit cannot look at, because it is not there any more."""
+
+    what: str = Field(examples=["usage of 2026-03"])
+    detail: str
+
+
 class Audit(Answer):
     violations: list[Violation]
+    unseen: list[Unseen] = Field([], description="months that were detached, and events before the oldest")
 
 
 class ImagesAudit(Answer):
@@ -446,6 +511,18 @@ class QuoteLine(Answer):
     amount: str
 
 
+class Room(Answer):
+    """What a budget has left for a job, in the words of the 402 that refuses one."""
+
+    budget: str = Field(description="account, or key: the API key's own")
+    period: str = Field(description="month: a calendar month, UTC; total: all time")
+    currency: str
+    limit: str
+    left: str = Field(description="what may still be submitted")
+    needed: str = Field(description="what the job costs at most")
+    refused: str | None = Field(description="why it would be refused now; null: it would not")
+
+
 class Quote(Answer):
     """What a job costs at most: to be submitted against, once, until it expires."""
 
@@ -459,6 +536,8 @@ class Quote(Answer):
         description="if nothing more urgent comes; null: nothing was measured"
     )
     expected_end: datetime | None
+    fits: bool = Field(True, description="whether every budget has room for it now; submitting asks again")
+    budgets: list[Room] = Field([], description="the account's and the API key's; none: no limit")
 
 
 class Threshold(Answer):

@@ -13,7 +13,7 @@ the limit was raised: jobs that a budget paused go on by themselves.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 
 from farm import ids
 from farm.accounts import Caller
-from farm.db import sql
+from farm.db import sql, together
 from farm.errors import BudgetExceeded, Fault, Invalid
 from farm.pricing import EXACT, shown
 from farm.tables import Account, ApiKey, Budget, BudgetPause, BudgetThreshold
@@ -82,6 +82,10 @@ class Use:
         return EXACT.subtract(self.limit, EXACT.add(self.spent, self.held))
 
     @property
+    def whose(self) -> str:
+        return "key" if self.api_key_id else "account"
+
+    @property
     def name(self) -> str:
         whose = "this API key's budget" if self.api_key_id else "the account's budget"
         return f"{whose} of {shown(self.limit)} {self.currency}" + (
@@ -89,17 +93,37 @@ class Use:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Whether a budget lets something in. left: what may still be admitted, never below 0; refused: why not."""
+
+    use: Use
+    needed: Decimal
+    left: Decimal
+    refused: str | None
+
+
 # ------------------------------------------------------------------------------------------------ admission
 
 
-def admit(db: Session, caller: Caller, needed: Decimal) -> None:
+def admit(
+    db: Session, caller: Caller, needed: Decimal, *, then: Sequence[tuple[str, Mapping[str, Any]]] = ()
+) -> None:
     """Let the job that this transaction stored count, or refuse it; the last thing before the commit.
 
-    Until then nobody else of an account with a budget is admitted.
+    Until then nobody else of an account with a budget is admitted. then: statements that come last of all, sent along.
     Raises BudgetExceeded with what is needed and what is left.
     """
-    if db.scalar(sql("budget_lock"), {"lock": LOCK, "account_id": caller.account_id}):
-        _refuse_over(_of_caller(db, caller), needed=needed, stored=True)
+    locked, uses, *_ = together(
+        db,
+        [
+            ("budget_lock", {"lock": LOCK, "account_id": caller.account_id}),
+            ("budget_use", {"accounts": [caller.account_id], "key": caller.key_id}),
+            *then,
+        ],
+    )
+    if locked:
+        _refuse_over(map(_use, uses), needed=needed, stored=True)
 
 
 def foresee(db: Session, caller: Caller, needed: Decimal) -> None:
@@ -108,6 +132,11 @@ def foresee(db: Session, caller: Caller, needed: Decimal) -> None:
     Raises BudgetExceeded.
     """
     _refuse_over(_of_caller(db, caller), needed=needed, stored=False)
+
+
+def rooms(db: Session, caller: Caller, needed: Decimal) -> list[Room]:
+    """What the caller's budgets would say to a job that costs so much, if it came now. Nothing is kept for it."""
+    return [_room(use, needed=needed, stored=False) for use in _of_caller(db, caller)]
 
 
 def cap(needed: Decimal, limit: Decimal | None, currency: str) -> None:
@@ -126,25 +155,33 @@ def _of_caller(db: Session, caller: Caller) -> list[Use]:
 def _refuse_over(uses: Iterable[Use], *, needed: Decimal, stored: bool) -> None:
     """stored: what is needed is among what is held already."""
     for use in uses:
-        left = max(EXACT.add(use.left, needed) if stored else use.left, Decimal(0))
-        if use.stopped is None and needed <= left:
-            continue
-        why = (
-            f"{use.stopped} % of {use.name} are spent, and it says to stop there"
-            if use.stopped is not None
-            else f"this job costs up to {shown(needed)} {use.currency}; of {use.name} {shown(left)} are left"
-        )
-        raise BudgetExceeded(
-            why, needed=shown(needed), left=shown(left), limit=shown(use.limit), currency=use.currency,
-            budget="key" if use.api_key_id else "account", period=use.period.value,
-        )  # fmt: skip
+        room = _room(use, needed=needed, stored=stored)
+        if room.refused is not None:
+            raise BudgetExceeded(
+                room.refused, needed=shown(needed), left=shown(room.left), limit=shown(use.limit),
+                currency=use.currency, budget=use.whose, period=use.period.value,
+            )  # fmt: skip
+
+
+def _room(use: Use, *, needed: Decimal, stored: bool) -> Room:
+    left = max(EXACT.add(use.left, needed) if stored else use.left, Decimal(0))
+    refused = None
+    if use.stopped is not None:
+        refused = f"{use.stopped} % of {use.name} are spent, and it says to stop there"
+    elif needed > left:
+        refused = f"this job costs up to {shown(needed)} {use.currency}; of {use.name} {shown(left)} are left"
+    return Room(use, needed, left, refused)
 
 
 def _uses(db: Session, accounts: Sequence[UUID], *, key: UUID | None = None) -> list[Use]:
-    return [
-        Use(r.id, r.api_key_id, Period(r.period), r.currency, r.amount, r.month, r.spent, r.held, r.stopped)
-        for r in db.execute(sql("budget_use"), {"accounts": list(accounts), "key": key})
-    ]
+    return [_use(r) for r in db.execute(sql("budget_use"), {"accounts": list(accounts), "key": key})]
+
+
+def _use(row: Any) -> Use:
+    return Use(
+        row.id, row.api_key_id, Period(row.period), row.currency, row.amount, row.month, row.spent, row.held,
+        row.stopped,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ to look at, to set

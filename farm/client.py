@@ -26,6 +26,7 @@ from farm import answers, errors
 from farm.answers import (
     Account,
     Answer,
+    Audit,
     Budgets,
     Caller,
     DatedPrice,
@@ -35,6 +36,7 @@ from farm.answers import (
     Hourly,
     ImagesAudit,
     ImageUrl,
+    Input,
     Job,
     Key,
     Margin,
@@ -47,7 +49,6 @@ from farm.answers import (
     StatementSummary,
     Usage,
     UsageEntry,
-    Violation,
     Worker,
 )
 from farm.errors import Away, FarmError, Fault, Invalid
@@ -149,6 +150,30 @@ class Farm:
                 return
             time.sleep(wait_s)
             wait_s = min(1.0, wait_s * 1.3)
+
+    # -------------------------------------------------------------------------------------------- inputs
+
+    def send_input(self, data: bytes) -> Input:
+        """Send an image to start frames from, a PNG, JPEG or WebP; name it in specs by its id. Kept once.
+
+        Raises Invalid if it is none, TooLarge.
+        """
+        headers = {"Content-Type": "application/octet-stream"}
+        return self._ask(Input, "POST", "/v1/inputs", content=data, headers=headers)
+
+    def inputs(self, *, limit: int = 50, before: str | None = None) -> list[Input]:
+        """The account's input images, newest first; those older than `before`."""
+        asked = {"limit": limit, "before": before}
+        return self._ask(answers.Inputs, "GET", "/v1/inputs", params=asked).inputs
+
+    def delete_input(self, input_id: str) -> None:
+        """Remove an input image.
+
+        Raises Conflict if an open job needs it.
+        """
+        self._send("DELETE", _path("inputs", input_id))
+
+    # -------------------------------------------------------------------------------------------- verbs
 
     def cancel(self, job: str) -> Job:
         return self._ask(Job, "POST", _path("jobs", job, "cancel"))
@@ -300,6 +325,20 @@ class Farm:
         body = {k: v for k, v in asked.items() if v is not None}
         return self._ask(DatedPrice, "POST", "/v1/prices", json=body, once=True)
 
+    def withdraw_price(
+        self,
+        model: str,
+        since: datetime,
+        *,
+        account: str | None = None,
+        method: str | None = None,
+        currency: str | None = None,
+    ) -> DatedPrice:
+        """Take out a price that is planned for a moment to come: the one before it goes on."""
+        asked = {"model": model, "since": since.isoformat(), "account": account, "method": method,
+                 "currency": currency}  # fmt: skip
+        return self._ask(DatedPrice, "DELETE", "/v1/prices", params=asked, once=True)
+
     def set_budget(
         self,
         limit: str | None,
@@ -352,9 +391,9 @@ class Farm:
     def revoke_key(self, key: str) -> Key:
         return self._ask(Key, "POST", _path("keys", key, "revoke"))
 
-    def audit(self) -> list[Violation]:
-        """Every fact of the books that is not as it must be; none, if all is well."""
-        return self._ask(answers.Audit, "GET", "/v1/audit").violations
+    def audit(self) -> Audit:
+        """Every fact of the books that is not as it must be; none, if all is well. And what it did not see."""
+        return self._ask(Audit, "GET", "/v1/audit")
 
     def audit_images(self, sample: int | None = None) -> Iterator[ImagesAudit]:
         """Stored images against their booked hashes: all of them a page at a time, or so many at random."""

@@ -6,6 +6,7 @@ exists; until then whoever sent it may send it again under the same idempotency 
 caller's side.
 """
 
+import asyncio
 import hashlib
 import json
 import re
@@ -16,14 +17,15 @@ from uuid import UUID
 from celery import Celery, Task
 from celery.exceptions import Reject
 
-from farm import accounts, jobs, tokens
+from farm import accounts, jobs, submissions, tokens
 from farm.accounts import Role
 from farm.api.bodies import read
+from farm.api.inputs import taken
 from farm.api.params import checked_key
 from farm.db import transaction
 from farm.errors import Away, Conflict, Fault, Invalid, Refused
 from farm.ids import public
-from farm.jobs import Submission
+from farm.submissions import Submission
 
 API_KEY = "farm_api_key"
 IDEMPOTENCY_KEY = "farm_idempotency_key"
@@ -50,7 +52,7 @@ def redact(text: str) -> str:
 def accept(body: Any, headers: Mapping[str, Any]) -> tuple[UUID, list[str]]:
     """Store the job of one message. Returns its id, and the models to wake.
 
-    Raises what farm.jobs.submit raises, Unauthorized and Forbidden.
+    Raises what farm.submissions.submit raises, Unauthorized and Forbidden.
     """
     key = _header(headers, API_KEY, "the account's API key")
     idempotency_key = checked_key(
@@ -59,11 +61,14 @@ def accept(body: Any, headers: Mapping[str, Any]) -> tuple[UUID, list[str]]:
     with transaction() as db:
         caller = accounts.authenticate(db, key)
         caller.require(Role.SUBMIT)
-        as_json = json.dumps(body, sort_keys=True).encode()
-        job_id, _ = jobs.submit(
+    as_json = json.dumps(body, sort_keys=True).encode()
+    submission = read(Submission, as_json)  # as HTTP reads it: the same faults in the same words
+    submission = asyncio.run(taken(caller, submission, idempotency_key=idempotency_key))
+    with transaction() as db:
+        job_id, _ = submissions.submit(
             db,
             caller,
-            read(Submission, as_json),  # as HTTP reads it: the same faults in the same words
+            submission,
             idempotency_key=idempotency_key,
             body_sha256=hashlib.sha256(as_json).digest(),
         )

@@ -1,7 +1,7 @@
 """What was used, and the proof that it is right.
 
-Charges are made in one place, settle.sql, from rows frozen at admission; holds are set by jobs.submit and lowered
-by the sweep to what open frames still need. Nothing here computes an amount of its own.
+Charges are made in one place, settle.sql, from rows frozen at admission; holds are set by submissions.submit and
+lowered by the sweep to what open frames still need. Nothing here computes an amount of its own.
 """
 
 from collections.abc import Iterable, Sequence
@@ -98,6 +98,14 @@ class Violation:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """What an audit cannot look at, because it is not there any more."""
+
+    what: str
+    detail: str
+
+
 # ------------------------------------------------------------------------------------------------ usage
 
 
@@ -146,10 +154,13 @@ def export(db: Session, account_id: UUID, *, cursor: int, limit: int) -> tuple[l
     """
     rows = db.execute(sql("usage_export"), {"account_id": account_id, "cursor": cursor, "n": limit}).all()
     found = [
-        Entry(**{k: v for k, v in r._mapping.items() if k != "entry"}, reversal=r.entry == 1)
+        Entry(
+            r.number, r.frame_id, r.entry == 1, r.job_id, r.model, r.method, r.currency, r.rate, r.quantity, r.amount,
+            r.at,
+        )
         for r in rows
         if r.frame_id is not None
-    ]
+    ]  # fmt: skip
     return found, rows[-1].number if rows else cursor, len(rows) == limit
 
 
@@ -177,13 +188,24 @@ def fold_counts(db: Session, *, limit: int = 10_000) -> Sequence[UUID]:
     return db.scalars(sql("fold_counts"), {"n": limit}).all()
 
 
+def count_delivered(db: Session, *, limit: int = 10_000) -> int:
+    """Count delivered images by model, for metrics. Returns how many events were looked at."""
+    return int(db.scalar(sql("count_delivered"), {"n": limit}) or 0)
+
+
 # ------------------------------------------------------------------------------------------------ audit
 
 
 def audit(db: Session) -> list[Violation]:
-    """Every fact of the books that is not as it must be; none, if all is well."""
+    """Every fact of the books that is not as it must be; none, if all is well, as far as unseen() has nothing."""
     db.execute(FOR_ALL)
     return [Violation(**_plain(r._mapping)) for r in db.execute(sql("audit"))]
+
+
+def unseen(db: Session) -> list[Unseen]:
+    """What an audit does not see: months that were detached, and events before the oldest."""
+    db.execute(FOR_ALL)
+    return [Unseen(r.what, r.detail) for r in db.execute(sql("audit_unseen"))]
 
 
 def _plain(row: Any) -> dict[str, str]:

@@ -23,8 +23,8 @@ from sqlalchemy.dialects.postgresql import Range, insert
 from sqlalchemy.orm import Session
 
 from farm.catalog import Catalog, Method
-from farm.db import sql
-from farm.errors import Fault, Invalid
+from farm.db import hot
+from farm.errors import Fault, Invalid, NotFound
 from farm.tables import Account, PriceBook, PriceRow
 
 EXACT = Context(prec=80, traps=[Inexact, FloatOperation])
@@ -171,6 +171,45 @@ def set_price(
     return next(p for p in every(db, account_id, model=model, past=True) if p.id == new.id)
 
 
+def withdraw(
+    db: Session,
+    models: Catalog,
+    *,
+    account: Account | None,
+    model: str,
+    since: datetime,
+    method: Method | None = None,
+    currency: str | None = None,
+) -> DatedPrice:
+    """Take a planned price out again: the one before it stays in force, until the next one that is planned.
+
+    method: only whether it is the price of reuse counts. currency: the account's if left out, or the catalog's.
+    Returns what the price would have been. Raises Invalid for a moment that has passed, NotFound if none is planned
+    for that moment.
+    """
+    now = _locked(db)
+    if since <= now:
+        raise Invalid(
+            [Fault("since", since.isoformat(), "allowed are moments to come: what was in force stays")]
+        )
+    entry, account_id = models.get(model), None if account is None else account.id
+    currency = currency or (account.currency if account else entry.price.currency if entry else "")
+    line = _lines_from(db, account_id, now).get((model, currency, method is Method.REUSE), [])
+    planned = next((row for row in line if row.valid.lower == since), None)
+    if planned is None:
+        raise NotFound(
+            "no price is planned for that moment", model=model, currency=currency, since=since.isoformat()
+        )
+    shown = next(p for p in every(db, account_id, model=model) if p.id == planned.id)
+    db.delete(planned)
+    db.flush()
+    for row in line:
+        if row.valid.upper == since:
+            row.valid = Range(row.valid.lower, planned.valid.upper)
+    db.flush()
+    return shown
+
+
 def _faults(
     rate: Decimal, currency: str, since: datetime, *, now: datetime, owned: str | None
 ) -> list[Fault]:
@@ -244,7 +283,7 @@ def current(db: Session, *, account_id: UUID, currency: str, models: Mapping[str
 
     Raises Invalid naming the models that have none in this currency.
     """
-    rows = db.execute(sql("prices"), {"models": list(models), "currency": currency, "account_id": account_id})
+    rows = hot(db, "prices", {"models": list(models), "currency": currency, "account_id": account_id})
     rates = {
         r.model: Rate(r.id, r.model, Method(r.method), currency, r.rate)
         for r in rows

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from farm import ids, jobs
+from farm import ids, jobs, submissions
 from farm.accounts import Caller
 from farm.catalog import Catalog, catalog
 from farm.errors import Conflict, NotFound
@@ -88,7 +88,7 @@ def rerender(
 ) -> tuple[UUID, bool]:
     """Render a done frame's spec and seed once more, as a job of one frame that reuses nothing.
 
-    Returns as jobs.submit. Raises NotFound, or Conflict if there is no image to compare with, or if the farm
+    Returns as submissions.submit. Raises NotFound, or Conflict if there is no image to compare with, or if the farm
     serves the model no more as it was.
     """
     frame = jobs.find_frame(db, caller.account_id, frame_id)
@@ -102,10 +102,10 @@ def rerender(
             f"the farm does not serve {spec.model} any more as it was when this frame was made", frame=name
         )
     asked = Asked.model_validate({**spec.to_json(), "seed": frame.seed})
-    return jobs.submit(
+    return submissions.submit(
         db,
         caller,
-        jobs.Submission(spec=asked, name=f"rerender of {name}", reuse=False),
+        submissions.Submission(spec=asked, name=f"rerender of {name}", reuse=False),
         idempotency_key=idempotency_key,
         body_sha256=body_sha256,
         models=models,

@@ -24,8 +24,8 @@ job_keys, job_lanes, lanes.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -75,6 +75,22 @@ class ClaimedFrame:
     work: int
     spec: Spec
     prompt: bool = False  # its account wants the prompt inside the image
+    priority: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The frame whose turn it is, locked until the end of the transaction."""
+
+    model: str
+    priority: int
+    account_id: UUID
+    aged: bool
+    frame_id: UUID
+    suspect: bool
+    call_key: str
+    shape_key: str
+    pixels: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +106,7 @@ class ClaimedPack:
     full: bool
     lease_until: datetime
     frames: tuple[ClaimedFrame, ...]
+    alone: bool = False  # a suspect: nothing else may be on the device beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +140,14 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Extended:
-    """The packs still the worker's, each with its frames of cancelled jobs, and whether it is to drain."""
+    """The packs still the worker's, each with its frames of cancelled jobs, and whether it is to drain.
+
+    priorities: of the frames it still has, where they were asked for.
+    """
 
     packs: Mapping[int, frozenset[UUID]]
     drain: bool
+    priorities: Mapping[UUID, int] = field(default_factory=dict)
 
 
 def claim_pack(
@@ -137,19 +158,71 @@ def claim_pack(
     limits: Mapping[str, PackLimit],
     ageing: bool = True,
     engines: Mapping[str, Mapping[str, str]] | None = None,
+    by_shape: Collection[str] = (),
+    warm: str | None = None,
 ) -> ClaimedPack | None:
     """Claim the next pack of these models; None if they have no runnable frame.
 
     limits: what a pack of each model may hold. ageing: a lane unserved too long may come before its class.
-    engines: what renders each model here, versions and the model's revision; kept for provenance.
+    engines: what renders each model here, versions and the model's revision; kept for provenance. by_shape: those of
+    them that pack by shape, several packs at once on a device. warm: a model to be preferred inside a class.
     """
-    found = hot(db, "head", {"models": list(models), "ageing": ageing, "ageing_s": settings().ageing_s})
-    if not found:
+    head = find_head(db, models=models, ageing=ageing, warm=warm)
+    if head is None:
         _close_empty(db, models)
         return None
-    head = found[0]
-    limit = limits[head.model]
-    frames = max(1, min(limit.frames, limit.pixels // head.pixels))
+    return take(
+        db,
+        head,
+        worker=worker,
+        frames=frames_in(limits[head.model], head.pixels),
+        engine=engines[head.model] if engines else None,
+        by_shape=head.model in by_shape,
+    )
+
+
+def frames_in(limit: PackLimit, pixels: int) -> int:
+    """How many frames of so many pixels a pack holds; at least 1."""
+    return max(1, min(limit.frames, limit.pixels // pixels))
+
+
+def find_head(
+    db: Session,
+    *,
+    models: Sequence[str],
+    ageing: bool = True,
+    warm: str | None = None,
+    above: int = -1,
+    suspects: bool = True,
+) -> Head | None:
+    """Find and lock the frame whose turn it is; None if there is none.
+
+    above: only of classes more urgent than this one. suspects: also one that has to be claimed alone.
+    """
+    values = {
+        "models": list(models),
+        "ageing": ageing,
+        "ageing_s": settings().ageing_s,
+        "warm": warm,
+        "above": above,
+        "suspects": suspects,
+    }
+    found = hot(db, "head", values)
+    return Head(*found[0][1:]) if found else None
+
+
+def take(
+    db: Session,
+    head: Head,
+    *,
+    worker: str,
+    frames: int,
+    engine: Mapping[str, str] | None = None,
+    by_shape: bool = False,
+    above: int = -1,
+) -> ClaimedPack:
+    """Claim the head frame and its kin: at most so many frames, and only of classes above this one."""
+    key = head.shape_key if by_shape else head.call_key
     claimed = hot(
         db,
         "claim",
@@ -157,14 +230,17 @@ def claim_pack(
             "model": head.model,
             "priority": head.priority,
             "account_id": head.account_id,
-            "call_key": head.call_key,
+            "call_key": key,
             "frame_id": head.frame_id,
             "alone": head.suspect,
             "frames": frames,
             "worker": worker,
             "lease_s": settings().lease_s,
-            "engine": json.dumps(dict(engines[head.model])) if engines else None,
+            "engine": json.dumps(dict(engine)) if engine else None,
+            "shared": by_shape and not head.suspect,
+            "above": above,
         },
+        change=("k.call_key = ", "k.shape_key = ") if by_shape else None,
     )
     taken = tuple(
         ClaimedFrame(
@@ -177,6 +253,7 @@ def claim_pack(
             r.work,
             Spec.from_text(r.spec),
             r.prompt,
+            r.priority,
         )
         for r in claimed
     )
@@ -186,12 +263,13 @@ def claim_pack(
         id=claimed[0].pack_id,
         worker=worker,
         model=head.model,
-        call_key=head.call_key,
+        call_key=key,
         priority=head.priority,
         aged=head.aged,
         full=len(taken) == frames,
         lease_until=claimed[0].lease_until,
         frames=taken,
+        alone=head.suspect,
     )
 
 
@@ -229,6 +307,20 @@ def extend(db: Session, *, worker: str, packs: Sequence[int]) -> Extended:
     return Extended({r.pack_id: frozenset(r.cancelled) for r in rows}, any(r.drain for r in rows))
 
 
+def look(db: Session, *, worker: str, packs: Sequence[int]) -> Extended:
+    """Say what the worker should know of these packs, and of how urgent their frames are, without extending them."""
+    rows = db.execute(sql("look"), {"packs": list(packs), "worker": worker}).all()
+    cancelled: dict[int, set[UUID]] = {r.pack_id: set() for r in rows}
+    for row in rows:
+        if row.cancelled:
+            cancelled[row.pack_id].add(row.frame_id)
+    return Extended(
+        {pack: frozenset(frames) for pack, frames in cancelled.items()},
+        any(r.drain for r in rows),
+        {r.frame_id: r.priority for r in rows if r.frame_id is not None},
+    )
+
+
 def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, int] | None = None) -> Settled:
     """Book stored frames as done: image, charge, count and event in this one transaction.
 
@@ -244,8 +336,8 @@ def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, i
         "settle",
         {
             "stored": json.dumps([_as_json(s, gpu_ms or {}) for s in stored]),
-            "frames": [s.frame_id for s in stored],
             "held": [r.pack_id for r in locked if r.pack_id],
+            "jobs": list(jobs),
             "cancelled_jobs": [r.job_id for r in locked if r.status == "cancelled"],
         },
     )
@@ -278,17 +370,33 @@ def finish(db: Session, jobs: Sequence[UUID]) -> None:
     db.execute(sql("finish"), {"jobs": list(jobs)})
 
 
-def fail(db: Session, pack: int, reason: str, *, frames: Sequence[UUID] | None = None) -> int:
+def fail(
+    db: Session,
+    pack: int,
+    reason: str,
+    *,
+    frames: Sequence[UUID] | None = None,
+    gpu_ms: Mapping[int, int] | None = None,
+) -> int:
     """Give back frames of a pack that failed, all of them if none are named; those claimed alone are blamed.
 
-    Returns how many came back or ended.
+    gpu_ms: as settle() takes it. Returns how many came back or ended.
     """
-    return _give_back(db, [pack], Outcome.FAILED, reason=reason, frames=frames)
+    return _give_back(db, [pack], Outcome.FAILED, reason=reason, frames=frames, gpu_ms=gpu_ms)
 
 
-def release(db: Session, packs: Sequence[int], *, frames: Sequence[UUID] | None = None) -> int:
-    """Give back frames without blame: a draining worker's, or those of a pack nobody wants any more."""
-    return _give_back(db, packs, Outcome.RELEASED, frames=frames)
+def release(
+    db: Session,
+    packs: Sequence[int],
+    *,
+    frames: Sequence[UUID] | None = None,
+    gpu_ms: Mapping[int, int] | None = None,
+) -> int:
+    """Give back frames without blame: a draining worker's, or those of a pack nobody wants any more.
+
+    gpu_ms: as settle() takes it.
+    """
+    return _give_back(db, packs, Outcome.RELEASED, frames=frames, gpu_ms=gpu_ms)
 
 
 def reclaim(db: Session, *, limit: int = 100) -> int:
@@ -341,6 +449,7 @@ def _give_back(
     *,
     reason: str | None = None,
     frames: Sequence[UUID] | None = None,
+    gpu_ms: Mapping[int, int] | None = None,
 ) -> int:
     held = _hold(db, packs)
     rows = db.execute(
@@ -356,7 +465,11 @@ def _give_back(
         },
     ).all()
     if held:
-        db.execute(sql("close_packs"), {"packs": held, "outcome": outcome})
+        known = gpu_ms or {}
+        db.execute(
+            sql("close_packs"),
+            {"packs": held, "outcome": outcome, "gpu_ms": [known.get(pack) for pack in held]},
+        )
     _queued_again(db, [(r.job_id, r.key_no) for r in rows if r.status == FrameStatus.QUEUED])
     return len(rows)
 

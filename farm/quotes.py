@@ -198,6 +198,8 @@ def _workers(db: Session) -> dict[str, int]:
         text(
             "SELECT m.model, count(*) FROM workers AS w CROSS JOIN LATERAL unnest(w.models) AS m (model)"
             " WHERE w.state = 'up' AND w.seen_at > clock_timestamp() - make_interval(secs => :lost_s)"
+            " AND NOT EXISTS (SELECT FROM ailments AS a WHERE a.worker = w.id AND a.model IN ('', m.model)"
+            " AND a.until > clock_timestamp())"
             " GROUP BY m.model"
         ),
         {"lost_s": settings().worker_lost_s},

@@ -25,13 +25,13 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from itertools import islice
 from time import monotonic
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import select, text
+from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from farm import events, ids
@@ -175,7 +175,9 @@ class Orphans:
 
 
 def _condemn(page: Sequence[Stored]) -> int:
-    old = datetime.now(UTC) - timedelta(seconds=settings().orphan_grace_s)
+    with transaction() as db:  # whatever this machine's clock says
+        now = db.scalars(select(func.clock_timestamp())).one()
+    old = now - timedelta(seconds=settings().orphan_grace_s)
     found = [(s.key, k) for s in page if s.modified < old and (k := read_image_key(s.key)) is not None]
     known = [(key, k) for key, k in found if k.format in list(Format)]
     if not known:

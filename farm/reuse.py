@@ -9,16 +9,21 @@ frames these rows name. So nothing is missed, whichever commits first, and nobod
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from farm import pricing, queue
+from farm import ids, pricing, queue
+from farm.accounts import Caller
 from farm.catalog import Method
 from farm.db import sql
-from farm.errors import Invalid
+from farm.drafts import Draft
+from farm.errors import Conflict, Invalid
+from farm.spec import quantity
 
 Key = tuple[bytes, str]  # fingerprint and format
 
@@ -119,3 +124,99 @@ def _once(db: Session, due: Sequence[Any]) -> list[int]:
         for d in due
         if d.account_id in busy and (not d.every or every[d.account_id, d.after is None] == d.id or d.after)
     ]
+
+
+# ------------------------------------------------------------------------------------------------ of a draft
+
+AT_ONCE = 2000  # frames a submission answers itself; the sweep does more than that
+
+
+@dataclass(slots=True)
+class Matched:
+    """What a draft's frames have equals for.
+
+    rates: of reusing an image, by key; None: frames of that key are rendered in any case. prints: every frame's
+    fingerprint. waiting: frames that wait, by index; True if the image is known already. at_once: those with a known
+    image are answered in this transaction. savings: what the job costs less for that.
+    """
+
+    rates: list[pricing.Rate | None]
+    prints: list[bytes]
+    waiting: dict[int, bool]
+    open_keys: set[int]
+    at_once: bool
+    savings: list[Decimal]
+
+
+def match(
+    db: Session,
+    caller: Caller,
+    draft: Draft,
+    *,
+    priority: int,
+    wanted: bool,
+    prices: Mapping[str, pricing.Rate],
+) -> Matched:
+    """Find the frames that need not be rendered: their image is known, or an equal frame comes before them.
+
+    wanted: False renders them all. prices: of rendering, by model.
+    """
+    prints = [f.fingerprint() for f in draft.frames]
+    reused = _by_key(db, caller, draft, prices, wanted=wanted)
+    keys = {
+        no: (prints[no], f.spec.format.value)
+        for no, f in enumerate(draft.frames)
+        if f.seeded and reused[f.key_no] is not None
+    }
+    waiting: dict[int, bool] = {}
+    if keys:
+        found = equals(db, caller.account_id, priority=priority, keys=set(keys.values()))
+        for no, key in keys.items():
+            if key in found:
+                waiting[no] = found[key]
+            else:
+                found[key] = False  # those that come after it in this job wait for it
+    open_keys = {f.key_no for no, f in enumerate(draft.frames) if no not in waiting}
+    known = Counter(draft.frames[no].key_no for no, is_known in waiting.items() if is_known)
+    at_once = 0 < known.total() <= AT_ONCE
+    savings: list[Decimal] = []
+    for no, spec, model in draft.keys.values():
+        rate, again = prices[model.name], reused[no]
+        if at_once and known[no] and again is not None:
+            savings += [rate.amount(-known[no] * quantity(spec, rate.method)), again.amount(known[no])]
+    return Matched(reused, prints, waiting, open_keys, at_once, savings)
+
+
+def _by_key(
+    db: Session, caller: Caller, draft: Draft, prices: Mapping[str, pricing.Rate], *, wanted: bool
+) -> list[pricing.Rate | None]:
+    """The price of reusing an image for each key; None where no frame may, or where rendering costs less."""
+    seeded = {f.key_no for f in draft.frames if f.seeded} if wanted else set()
+    if not seeded:
+        return [None] * len(draft.keys)
+    names = {model.name for no, _, model in draft.keys.values() if no in seeded}
+    free = rates(db, caller.account_id, currency=caller.currency, models=names)
+    return [
+        free[model.name]
+        if no in seeded
+        and free[model.name].rate <= prices[model.name].amount(quantity(spec, prices[model.name].method))
+        else None
+        for no, spec, model in draft.keys.values()
+    ]
+
+
+def answer_known(db: Session, caller: Caller, job_id: UUID, matched: Matched) -> None:
+    """Answer at once what is known; what waits is looked at again when this is committed.
+
+    Raises Conflict if an image was deleted in between: the job was quoted with it.
+    """
+    known = {ids.frame_id(job_id, no): job_id for no, is_known in matched.waiting.items() if is_known}
+    if matched.at_once and queue.answer(db, known, at_once=True) < len(known):
+        raise Conflict("an image that this job would reuse was deleted just now; send it again")
+    left = [
+        matched.prints[no] for no, is_known in matched.waiting.items() if not (is_known and matched.at_once)
+    ]
+    if left:
+        look_later(db, caller.account_id, left)
+    elif len(known) == len(matched.prints):
+        db.execute(sql("finish"), {"jobs": [job_id]})

@@ -48,11 +48,23 @@ class Settings(BaseSettings):
     grace_s: float = Field(30.0, ge=0, description="how long a draining worker may finish what it has")
     frame_limit_s: float = Field(600.0, gt=0, description="the longest a pack may take on the device")
     stall_s: float = Field(120.0, gt=0, description="a pack without progress for this long loses its lease")
+    look_s: float = Field(0.03, gt=0, description="step by step: how often to look for what may join")
+    checkpoint_s: float = Field(5.0, gt=0, description="frames in flight are saved this often")
+    parked_s: float = Field(30.0, gt=0, description="a frame more urgent ones held up so long is given back")
+    suspect_s: float = Field(5.0, ge=0, description="how long a frame that must run alone may be passed over")
     ageing_s: float = Field(60.0, gt=0, description="a lane unserved for this long gets the next pack")
     worker_lost_s: float = Field(30.0, gt=0, description="a worker not heard of for this long is not counted")
     quote_s: float = Field(900.0, gt=0, description="a quote is good for this long")
     orphan_grace_s: float = Field(3600.0, gt=0, description="an image without a row is removed after this")
     url_s: int = Field(600, ge=1, le=604_800, description="how long a link to an image works; 7 days at most")
+
+    # what accounts send
+    input_bytes: int = Field(25 << 20, ge=1, description="the largest input image's file")
+    input_days: float = Field(30.0, gt=0, description="an input no open job uses is removed after this")
+    fetch_s: float = Field(10.0, gt=0, description="how long an https input may take to arrive")
+    allowed_private_hosts: str = Field(
+        "", description="hosts with private addresses that inputs may be fetched from, as a.example,10.0.0.7"
+    )
 
     # sizes
     pool_size: int = Field(10, ge=1, description="database connections a process may hold")
@@ -60,6 +72,8 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, ge=1, description="packs a frame may take down alone before it fails")
     settle_frames: int = Field(16, ge=1)
     settle_ms: int = Field(200, ge=0)
+    checkpoint_bytes: int = Field(8 << 20, ge=0, description="a frame whose state is larger is not saved")
+    checkpoints_bytes: int = Field(64 << 20, ge=0, description="what one worker may have saved in Redis")
 
     log_format: Literal["text", "json"] = "text"
 

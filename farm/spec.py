@@ -3,20 +3,36 @@
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from farm import features
 from farm.catalog import Catalog, Method, Model
 from farm.errors import Fault
+from farm.features import (
+    MAX_CONTROLS,
+    MAX_LORAS,
+    Control,
+    Given,
+    Hires,
+    LoraUse,
+    Pass,
+    Ref,
+    Strength,
+    Upscale,
+    second_pass,
+    steps_run,
+)
 
 MAX_PROMPT = 4096  # characters
 MAX_SEED = 2**63 - 1
 MEGAPIXEL_SHIFT = 20  # a megapixel is 1024 × 1024
+NOTHING_GIVEN: Mapping[str, Given] = {}
 
 
 class Format(StrEnum):
@@ -60,6 +76,7 @@ PriorityNumber = Annotated[
 ]
 Text = Annotated[str, Field(strict=True, max_length=MAX_PROMPT), AfterValidator(_no_nul)]
 Whole = Annotated[int, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 class Asked(BaseModel):
@@ -80,6 +97,24 @@ class Asked(BaseModel):
     )
     count: Annotated[int, Field(strict=True, ge=1)] = Field(1, description="images, one seed each")
     format: Format = Format.PNG
+    quality: Annotated[int, Field(strict=True, ge=1, le=100)] | None = Field(
+        None, description="of a jpeg, 92 if left out; of a webp, which is lossless without it"
+    )
+    image: Ref | None = Field(None, description="where to start from: see docs/inputs.md")
+    strength: Strength | None = Field(
+        None, description="how much of the image to change, as a share of the steps; 0.8, with a mask 1"
+    )
+    mask: Ref | None = Field(None, description="of the image's size; what is white is painted anew")
+    control: Annotated[tuple[Control, ...], Field(max_length=MAX_CONTROLS)] = ()
+    loras: Annotated[tuple[LoraUse, ...], Field(max_length=MAX_LORAS)] = ()
+    hires: Hires | None = Field(None, description="a second pass at a larger size")
+    upscale: Upscale | None = Field(None, description="a second pass at a multiple of the size")
+    clip_skip: Whole | None = Field(None, description="layers of the text encoder to leave out at its end")
+    prompt_weights: Flag = Field(False, description="read the prompts as compel does: (red)1.4, ball++")
+    long_prompt: Flag = Field(False, description="read what is beyond 77 tokens too, in chunks")
+    reproducible: Literal["strict"] | None = Field(
+        None, description="strict: bit for bit the same, whatever it is rendered beside"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,18 +130,58 @@ class Spec:
     guidance: float
     sampler: str
     format: Format
+    quality: int | None = None
+    image: str | None = None  # sha256:…, as all input images
+    strength: float | None = None
+    mask: str | None = None
+    control: tuple[Control, ...] = ()
+    loras: tuple[LoraUse, ...] = ()
+    hires: Hires | None = None
+    upscale: Upscale | None = None
+    clip_skip: int | None = None
+    prompt_weights: bool = False
+    long_prompt: bool = False
+    reproducible: str | None = None
 
     @property
     def guided(self) -> bool:
         """Guidance of 1 and less runs without the second row, as in diffusers."""
         return self.guidance > 1
 
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """The runs of the denoiser: one, or two with hires or upscale."""
+        run = self.steps if self.strength is None else steps_run(self.steps, self.strength)
+        first = Pass(self.width, self.height, self.steps, run)
+        second = second_pass(self.width, self.height, self.steps, self.hires or self.upscale)
+        return (first,) if second is None else (first, second)
+
+    @property
+    def largest_pixels(self) -> int:
+        """Of its largest pass: what has to fit."""
+        return max(p.pixels for p in self.passes)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The input images it names, each once."""
+        return tuple(dict.fromkeys(ref for _, ref in features.refs_of(self)))
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without what is left at its default: the JSON of plain text to image stays as it was."""
+        said = {name: getattr(self, name) for name in ALWAYS}
+        for name, default in SOMETIMES.items():
+            if (value := getattr(self, name)) != default:
+                said[name] = _plain(value)
+        return said
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Spec":
-        return cls(**{**data, "format": Format(data["format"])})
+        said: dict[str, Any] = {**data, "format": Format(data["format"])}
+        for name, kind in PARTS.items():
+            if name in said:
+                value = said[name]
+                said[name] = tuple(map(kind, value)) if isinstance(value, list) else kind(value)
+        return cls(**said)
 
     @classmethod
     @lru_cache(maxsize=1024)
@@ -115,8 +190,29 @@ class Spec:
         return cls.from_json(json.loads(text))
 
 
-def resolve(asked: Asked, models: Catalog, *, path: str = "") -> Spec | list[Fault]:
-    """Decide what was left open, or say of each field what is wrong with it."""
+ALWAYS = tuple(f.name for f in fields(Spec) if f.default is MISSING)
+SOMETIMES: Mapping[str, Any] = {f.name: f.default for f in fields(Spec) if f.default is not MISSING}
+PARTS: Mapping[str, Callable[[Any], BaseModel]] = {
+    "control": Control.model_validate,
+    "loras": LoraUse.model_validate,
+    "hires": Hires.model_validate,
+    "upscale": Upscale.model_validate,
+}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def resolve(
+    asked: Asked, models: Catalog, *, path: str = "", given: Mapping[str, Given] = NOTHING_GIVEN
+) -> Spec | list[Fault]:
+    """Decide what was left open, or say of each field what is wrong with it.
+
+    given: the account's input images by how the spec names them.
+    """
     at = f"{path}." if path else ""
     model = models.get(asked.model)
     if model is None:
@@ -131,8 +227,11 @@ def resolve(asked: Asked, models: Catalog, *, path: str = "") -> Spec | list[Fau
         guidance=model.guidance.default if asked.guidance is None else float(asked.guidance),
         sampler=asked.sampler or model.sampler,
         format=asked.format,
+        **(features.resolved(asked, model, given) if asked.model_fields_set & SOMETIMES.keys() else {}),
     )
-    return _faults(spec, model, at) or spec
+    if not asked.model_fields_set & SOMETIMES.keys():
+        return _faults(spec, model, at) or spec
+    return [*_faults(spec, model, at), *features.faults_of(spec, model, given, at)] or spec
 
 
 def _faults(spec: Spec, model: Model, at: str) -> list[Fault]:
@@ -165,7 +264,9 @@ def seeds(first: int, count: int) -> range | list[int]:
 
 def shape_key(spec: Spec, model: Model) -> str:
     """What frames must share in any forward pass."""
-    return f"{model.name}@{model.revision[:12]}/{model.dtype} {spec.width}x{spec.height}"
+    size = f"{model.name}@{model.revision[:12]}/{model.precision} {spec.width}x{spec.height}"
+    mixed = model.engine == "step"  # whose rows have LoRAs each of its own
+    return size + features.shape_part(spec, loras=not mixed) if spec.loras or spec.control else size
 
 
 def call_key(spec: Spec, model: Model) -> str:
@@ -173,7 +274,7 @@ def call_key(spec: Spec, model: Model) -> str:
     guidance = (
         ("guided" if spec.guided else "unguided") if "guidance" in model.free else f"g{spec.guidance:g}"
     )
-    return f"{shape_key(spec, model)} {spec.steps} {spec.sampler} {guidance}"
+    return f"{shape_key(spec, model)} {spec.steps} {spec.sampler} {guidance}{features.call_part(spec)}"
 
 
 def rows(spec: Spec, model: Model) -> int:
@@ -182,17 +283,25 @@ def rows(spec: Spec, model: Model) -> int:
 
 
 def work(spec: Spec, model: Model) -> int:
-    """pixels × steps × rows: what fairness charges for a frame."""
-    return spec.width * spec.height * spec.steps * rows(spec, model)
+    """pixels × steps × rows of all passes: what fairness charges for a frame."""
+    return quantity(spec, Method.MPX_STEP) * rows(spec, model)
 
 
 def quantity(spec: Spec, method: Method) -> int:
-    """What is billed, as an integer: pixels × steps, or one image."""
-    return spec.width * spec.height * spec.steps if method is Method.MPX_STEP else 1
+    """What is billed, as an integer: pixels × the steps that run, of all passes; or one image."""
+    if method is not Method.MPX_STEP:
+        return 1
+    if spec.strength is None and spec.hires is None and spec.upscale is None:  # nearly all, by the million
+        return spec.width * spec.height * spec.steps
+    return sum(p.pixels * p.steps for p in spec.passes)
 
 
 def fingerprint(spec: Spec, model: Model, seed: int) -> bytes:
-    """Hash of everything that decides a frame's pixels; the file's format does not. 32 bytes."""
-    facts = {**spec.to_json(), "seed": seed, "revision": model.revision, "dtype": model.dtype}
+    """Hash of everything that decides a frame's pixels; the file's format does not, a quality does. 32 bytes."""
+    facts = {**spec.to_json(), "seed": seed, "revision": model.revision, "dtype": model.precision}
+    if model.beside:
+        facts["beside"] = model.beside
     del facts["format"]
+    if spec.control:
+        facts["nets"] = [model.controls[c.net].source for c in spec.control if c.net in model.controls]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=True).encode()).digest()

@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from farm import budgets, events, ledger, queue, quotes, retention, reuse, tokens
+from farm import budgets, events, inputs, ledger, queue, quotes, retention, reuse, tokens
 from farm.db import engine, transaction
 from farm.errors import Away, DatabaseAway
 from farm.settings import settings
@@ -23,7 +23,7 @@ from farm.settings import settings
 log = logging.getLogger(__name__)
 
 # what found something looks again at once
-MORE = ("relay", "cancel", "reclaim", "answer", "expire", "clear", "purge")
+MORE = ("relay", "cancel", "reclaim", "answer", "expire", "clear", "purge", "delivered")
 LOCK = 0x73776570  # "swep": one key, a chore's number beside it
 
 
@@ -87,12 +87,15 @@ CHORES = (
     Chore("reopen", 6, 10, queue.reopen_lanes),
     Chore("tallies", 21, 1, budgets.fold),
     Chore("budgets", 22, 1, budgets.enforce),
+    Chore("delivered", 23, 5, ledger.count_delivered),
     Chore("forget", 7, 10, forget),
     Chore("partition", 8, 3600, partition),
     Chore("expire", 11, 60, retention.expire),
     Chore("clear", 12, 1, retention.clear),
     Chore("orphans", 9, 600, ORPHANS.turn, alone=True),
     Chore("purge", 13, 5, retention.purge, alone=True),
+    Chore("expire inputs", 41, 60, inputs.expire),
+    Chore("purge inputs", 42, 10, inputs.purge, alone=True),
     Chore("forget tombstones", 14, 3600, retention.forget),
 )
 

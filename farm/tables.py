@@ -210,6 +210,7 @@ class JobKey(Base):
         UniqueConstraint("job_id", "call_key"),
         Index("job_keys_open_idx", "job_id", "model", "key_no", postgresql_where=text("open")),
         Index("job_keys_call_idx", "call_key", "job_id", "key_no", postgresql_where=text("open")),
+        Index("job_keys_shape_idx", "shape_key", "job_id", "key_no", postgresql_where=text("open")),
     )
 
     job_id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -354,7 +355,7 @@ class Tally(Base):
 
 
 class Count(Base):
-    """Frames that ended, as deltas; their sum is a job's counts."""
+    """Frames that ended, and that wait, as deltas; their sum is a job's counts."""
 
     __tablename__ = "counts"
     __table_args__ = (
@@ -371,6 +372,26 @@ class Count(Base):
     freed: Mapped[Decimal] = mapped_column(server_default=text("0"))
     folded: Mapped[bool] = mapped_column(server_default=text("false"))
     at: Mapped[datetime] = mapped_column(server_default=NOW)
+    reused: Mapped[int] = mapped_column(server_default=text("0"))
+    waiting: Mapped[int] = mapped_column(server_default=text("0"))
+
+
+class Delivered(Base):
+    """Images delivered, by model, up to DeliveredUpto."""
+
+    __tablename__ = "delivered"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    images: Mapped[int] = mapped_column(BigInteger)
+
+
+class DeliveredUpto(Base):
+    """The last event that was looked at for that."""
+
+    __tablename__ = "delivered_upto"
+
+    one: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
+    number: Mapped[int] = mapped_column(BigInteger)
 
 
 class Lane(Base):
@@ -401,6 +422,39 @@ class Worker(Base):
     seen_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
+class Measurement(Base):
+    """What one frame of a size took of a device, and two; as `farm models verify` measured last."""
+
+    __tablename__ = "measurements"
+
+    model: Mapped[str] = mapped_column(primary_key=True)
+    revision: Mapped[str] = mapped_column(primary_key=True)
+    precision: Mapped[str] = mapped_column(primary_key=True)
+    device: Mapped[str] = mapped_column(primary_key=True)
+    width: Mapped[int] = mapped_column(primary_key=True)
+    height: Mapped[int] = mapped_column(primary_key=True)
+    steps: Mapped[int]
+    load_s: Mapped[float]
+    seconds: Mapped[float]
+    resident_bytes: Mapped[int] = mapped_column(BigInteger)
+    peak_bytes: Mapped[int] = mapped_column(BigInteger)
+    peak_two_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    measured_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class Ailment(Base):
+    """What a worker does not claim for a while, and why; model '' is its device, and so every model."""
+
+    __tablename__ = "ailments"
+
+    worker: Mapped[str] = mapped_column(ForeignKey("workers.id", ondelete="CASCADE"), primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    reason: Mapped[str]
+    times: Mapped[int]
+    since: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    until: Mapped[datetime]
+
+
 class Pack(Base):
     """Frames claimed together: fence and lease."""
 
@@ -423,6 +477,7 @@ class Pack(Base):
     outcome: Mapped[str | None]
     closed_at: Mapped[datetime | None]
     engine: Mapped[dict[str, Any] | None]
+    shared: Mapped[bool] = mapped_column(server_default=text("false"))
 
 
 class Image(Base):
@@ -442,7 +497,7 @@ class Image(Base):
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
-    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    account_id: Mapped[UUID]
     key: Mapped[str] = mapped_column(unique=True)
     format: Mapped[str]
     sha256: Mapped[bytes]
@@ -490,14 +545,64 @@ class Frame(Base):
     work: Mapped[int] = mapped_column(BigInteger)
     quantity: Mapped[int] = mapped_column(BigInteger)
     price_id: Mapped[int] = mapped_column(ForeignKey("prices.id"))
-    pack_id: Mapped[int | None] = mapped_column(BigInteger, ForeignKey("packs.id"))
-    image_id: Mapped[int | None] = mapped_column(BigInteger, ForeignKey("images.id"))
+    pack_id: Mapped[int | None] = mapped_column(BigInteger)  # an open pack's, or NULL: a trigger sees to it
+    image_id: Mapped[int | None] = mapped_column(BigInteger)  # an image of the account's: the same
     ended_at: Mapped[datetime | None]
     reason: Mapped[str | None]
     fingerprint: Mapped[bytes]
     spec: Mapped[dict[str, Any]]
     seeded: Mapped[bool] = mapped_column(server_default=text("false"))
     reused: Mapped[bool] = mapped_column(server_default=text("false"))
+
+
+class Input(Base):
+    """An image an account sent to start frames from; with deleted_at, what is left of it."""
+
+    __tablename__ = "inputs"
+    __table_args__ = (
+        UniqueConstraint("id", "account_id"),
+        Index(
+            "inputs_live_key",
+            "account_id",
+            "sha256",
+            unique=True,
+            postgresql_where=text("stored_at IS NOT NULL AND deleted_at IS NULL"),
+        ),
+        Index("inputs_account_idx", "account_id", "id"),
+        Index("inputs_old_idx", "used_at", postgresql_where=text("deleted_at IS NULL")),
+        Index(
+            "inputs_dying_idx",
+            "id",
+            postgresql_where=text("deleted_at IS NOT NULL AND purged_at IS NULL"),
+        ),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    sha256: Mapped[bytes]
+    format: Mapped[str]
+    bytes: Mapped[int]
+    width: Mapped[int]
+    height: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    used_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    stored_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+    purged_at: Mapped[datetime | None]
+
+
+class JobInput(Base):
+    """An input image that a job's frames need: it stays while the job is open."""
+
+    __tablename__ = "job_inputs"
+    __table_args__ = (
+        ForeignKeyConstraint(["input_id", "account_id"], ["inputs.id", "inputs.account_id"]),
+        Index("job_inputs_input_idx", "input_id"),
+    )
+
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    input_id: Mapped[UUID] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID]
 
 
 class KnownImage(Base):
@@ -529,10 +634,6 @@ class Usage(Base):
 
     __tablename__ = "usage"
     __table_args__ = (
-        ForeignKeyConstraint(
-            ["price_id", "method", "currency", "rate"],
-            ["prices.id", "prices.method", "prices.currency", "prices.rate"],
-        ),
         Index("usage_account_idx", "account_id", "at"),
         Index("usage_unstated_idx", "account_id", "at", postgresql_where=text("statement_line IS NULL")),
         {"postgresql_partition_by": "RANGE (frame_id)"},
@@ -540,7 +641,7 @@ class Usage(Base):
 
     frame_id: Mapped[UUID] = mapped_column(primary_key=True)
     entry: Mapped[int] = mapped_column(SmallInteger, primary_key=True, server_default=text("0"))
-    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    account_id: Mapped[UUID]
     job_id: Mapped[UUID]
     model: Mapped[str]
     method: Mapped[str]

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Iterable
 from functools import cache
+from uuid import UUID
 
 import kombu
 from celery import Celery
@@ -26,6 +27,11 @@ SUBMIT = "farm.submit"
 SUBMIT_QUEUE = "farm.submit"
 PROGRESS = "farm.progress"  # Redis channel: steps and previews, which may be lost
 BURST_MARGIN_S = 120  # a render task is killed after burst + the longest pack + this
+
+
+def watched_key(job: UUID) -> str:
+    """The Redis key that is there while somebody watches a job."""
+    return f"farm.watched.{job.hex}"
 
 
 def queue_of(model: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Row, text
 from sqlalchemy.orm import Session
 
-from farm import accounts, jobs, ledger, pricing, queue
+from farm import accounts, jobs, ledger, pricing, queue, submissions
 from farm.accounts import Caller, Role
 from farm.catalog import BUILTIN, Catalog, Model, PackLimit, read
 from farm.db import hot, sql, transaction
@@ -88,9 +88,9 @@ def account(name: str = "acme", *, weight: int = 1) -> Caller:
         return Caller(made.id, made.name, made.currency, key.id, Role.SUBMIT)
 
 
-def submission(*, priority: Any = 5, reuse: bool = False, **spec: Any) -> jobs.Submission:
+def submission(*, priority: Any = 5, reuse: bool = False, **spec: Any) -> submissions.Submission:
     """One spec, of alpha if no model is named. All ask for equal images: only with reuse they are rendered once."""
-    return jobs.Submission(
+    return submissions.Submission(
         spec={"prompt": "a red circle", "model": "alpha", "seed": 0, **spec}, priority=priority, reuse=reuse
     )
 
@@ -107,14 +107,15 @@ def submit(
     """Submit a job of one spec; steps tells keys apart."""
     with _in(db) as session:
         sent = submission(priority=priority, count=count, **spec)
-        return jobs.submit(session, caller, sent, models=models)[0]
+        return submissions.submit(session, caller, sent, models=models)[0]
 
 
 def submit_keys(caller: Caller, steps: Sequence[int], **spec: Any) -> UUID:
     """Submit a job with a frame of each number of steps: as many keys."""
     specs = [{"prompt": "a red circle", "model": "alpha", "seed": 0, "steps": n, **spec} for n in steps]
     with transaction() as db:
-        return jobs.submit(db, caller, jobs.Submission(specs=specs, reuse=False), models=CATALOG)[0]
+        sent = submissions.Submission(specs=specs, reuse=False)
+        return submissions.submit(db, caller, sent, models=CATALOG)[0]
 
 
 def view(caller: Caller, job: UUID) -> jobs.JobView:
@@ -282,9 +283,9 @@ def before(statement: str, act: Callable[[], object], monkeypatch: pytest.Monkey
         once(name)
         return sql(name)
 
-    def hot_after_act(db: Session, name: str, values: Mapping[str, Any]) -> Any:
+    def hot_after_act(db: Session, name: str, values: Mapping[str, Any], **options: Any) -> Any:
         once(name)
-        return hot(db, name, values)
+        return hot(db, name, values, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(queue, "sql", sql_after_act)

@@ -1,6 +1,7 @@
 """Accounts and their API keys."""
 
 import string
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from farm.accounts import KEY, Caller, Role
 from farm.db import transaction
 from farm.errors import Conflict, Forbidden, Invalid, Misconfigured, NotFound, Unauthorized
 from farm.settings import settings
-from tests.factories import ask
+from tests.factories import ask, one, until_blocked
 
 
 @pytest.fixture
@@ -167,3 +168,20 @@ def test_accounts_and_keys_are_listed_and_found(key: str) -> None:
         assert [k.role for k in accounts.keys_of(db, accounts.find(db, "acme"))] == ["submit", "read"]
         with pytest.raises(NotFound):
             accounts.find(db, "nobody")
+
+
+def test_of_two_that_add_the_same_account_at_once_the_later_is_told(database: str) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        with transaction() as db:
+            accounts.create(db, "acme")
+            later = thread.submit(_add, "acme")
+            until_blocked()
+
+        with pytest.raises(Conflict, match="of this name exists"):
+            later.result()
+    assert one("SELECT count(*) FROM accounts") == 1
+
+
+def _add(name: str) -> None:
+    with transaction() as db:
+        accounts.create(db, name)

@@ -15,7 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 import migrations
-from farm import accounts, budgets, events, ids, jobs, ledger, pricing, sweep
+from farm import accounts, budgets, events, ids, jobs, ledger, pricing, submissions, sweep
 from farm import db as farm_db
 from farm.accounts import Caller, Role
 from farm.api.app import create_app
@@ -23,8 +23,8 @@ from farm.budgets import Action, Period, Threshold, Use
 from farm.catalog import catalog
 from farm.db import engine, transaction
 from farm.errors import BudgetExceeded, Invalid
-from farm.jobs import Submission
 from farm.settings import settings
+from farm.submissions import Submission
 from tests.factories import (
     CATALOG,
     FRAME,
@@ -139,8 +139,8 @@ def test_a_large_job_is_refused_before_its_frames_are_stored(
 ) -> None:
     caller = account()
     limit(caller, 2)
-    monkeypatch.setattr(jobs, "FORESEEN", 2)
-    monkeypatch.setattr(jobs, "_copy_frames", lambda *_, **__: pytest.fail("frames are stored"))
+    monkeypatch.setattr(submissions, "FORESEEN", 2)
+    monkeypatch.setattr(submissions, "_copy_frames", lambda *_, **__: pytest.fail("frames are stored"))
 
     with pytest.raises(BudgetExceeded):
         submit(caller, 3)
@@ -153,7 +153,7 @@ def test_nothing_is_left_of_a_refused_job_and_its_idempotency_key_is_free(books:
 
     def send() -> UUID:
         with transaction() as db:
-            return jobs.submit(
+            return submissions.submit(
                 db, caller, submission(count=2), idempotency_key="k", body_sha256=bytes(32), models=CATALOG
             )[0]
 
@@ -268,7 +268,7 @@ def test_a_jobs_own_budget_is_the_most_it_may_cost(books: str) -> None:
     def send(budget: str) -> None:
         with transaction() as db:
             sent = Submission(spec={"prompt": "x", "model": "alpha", "count": 2}, budget=budget)
-            jobs.submit(db, caller, sent, models=CATALOG)
+            submissions.submit(db, caller, sent, models=CATALOG)
 
     caller = account()
     send("0.0064")
@@ -819,8 +819,18 @@ def test_prices_budget_and_quotes_from_the_command_line(farm: Command) -> None: 
     assert (quoted["amount"], quoted["frames"]) == ("1", 2)
     assert said("submit", "a red circle", "--count", "2", "--quoted", quoted["id"])["quoted"] == "1"
     assert said("budget", "show")["budgets"][0]["left"] == "0.25"
+    assert (quoted["fits"], quoted["budgets"][0]["left"], quoted["budgets"][0]["refused"]) == (
+        True,
+        "1.25",
+        None,
+    )
+    too_much = said("submit", "a red circle", "--quote")
+    assert (too_much["fits"], too_much["budgets"][0]["needed"], too_much["budgets"][0]["left"]) == (
+        False, "0.5", "0.25"
+    )  # fmt: skip
     refused = farm("submit", "a red circle")
     assert refused.code == 1
+    assert too_much["budgets"][0]["refused"] in refused.err
     assert (
         "this job costs up to 0.5 USD; of the account's budget of 1.25 USD a month 0.25 are left"
         in refused.err
@@ -832,6 +842,38 @@ def test_prices_budget_and_quotes_from_the_command_line(farm: Command) -> None: 
     ):  # fmt: skip
         assert farm(*arguments).code == 0
     assert farm("budget", "set", "acme", "1", "--at", "soon").code != 0
+
+
+@pytest.mark.parametrize("where", [(), ("--offline",)])
+def test_prices_and_budgets_are_set_shown_and_withdrawn_with_and_without_an_api(
+    farm: Command,  # noqa: F811
+    where: tuple[str, ...],
+) -> None:
+    def said(*arguments: str) -> Any:
+        ran = farm(*arguments, *where, "--json")
+        assert ran.code == 0, ran.err
+        return json.loads(ran.out)
+
+    at = ("--from", "2031-01-01", "--account", "acme")
+    planned = said("prices", "set", "starter", "0.5", "--method", "image", *at)
+    assert (planned["account"], planned["starts_at"]) == ("acme", "2031-01-01T00:00:00Z")
+    assert planned in said("prices", "list", "--account", "acme")
+    assert said("prices", "withdraw", "starter", *at) == planned
+    assert planned not in said("prices", "history", "starter", "--account", "acme")
+    found = said("budget", "set", "acme", "1.25", "--at", "80:notify")
+    assert (found["account"], found["budgets"][0]["limit"]) == ("acme", "1.25")
+    assert said("budget", "show", "--account", "acme") == found
+    for wrong, word in (
+        (("prices", "withdraw", "starter", *at), "no price is planned"),
+        (("prices", "withdraw", "starter", "--from", "2020-01-01"), "since"),
+        (("prices", "withdraw", "starter", *at, "--method", "barter"), "method"),
+        (("prices", "set", "starter", "a lot"), "rate"),
+        (("budget", "set", "acme", "-1.5x"), "limit"),
+        (("budget", "set", "nobody", "1"), "nothing here"),
+    ):
+        ran = farm(*wrong, *where)
+        assert ran.code != 0
+        assert word in ran.err, (wrong, ran.err)
 
 
 # ------------------------------------------------------------------------------------------------ migrating

@@ -16,6 +16,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from farm import db, queue
 from farm.db import transaction
 from farm.embedded.postgres import Postgres
 from farm.embedded.redis import Redis
+from farm.settings import settings
 from migrations import upgrade
 from tests.chaos.engine import BAD, POISON
 from tests.chaos.faults import POINTS, STORE_FAULTS, Chance, Plan
@@ -38,6 +41,7 @@ FRAMES = int(os.environ.get("FRAMES", "150"))
 STORE = os.environ.get("FARM_CHAOS_STORE", "folder")  # or s3: behind the hostile proxy
 LONG = FRAMES >= 2000
 HITS = 20 if LONG else 1
+KILLS = FRAMES // 5 if LONG else 0  # in all, wherever
 JOB = 25 if FRAMES <= 500 else 250
 WORKERS, NODES = 4, 1
 DEADLINE_S = 120 + FRAMES * 0.8  # most of it needed only where others take the CPU
@@ -118,10 +122,9 @@ def build(
 
 
 def test_nothing_is_lost_or_billed_twice_whatever_is_killed(folder, servers, crew, proxy, capsys):
-    then = 0.005 if LONG else 0
-    each = Chance(first=0.03 if LONG else 0.2, until=HITS, then=then)
+    each = Chance(first=0.06 if LONG else 0.2, until=HITS, then=0.04 if LONG else 0)
     # who thaws too late may be told so before it settles, or be killed: another one freezes then
-    frozen = Chance(first=0.1, until=1, then=then, aim="refused by the fence")
+    frozen = Chance(first=0.1, until=1, then=0.005 if LONG else 0, aim="refused by the fence")
     house = build(
         folder,
         servers,
@@ -182,13 +185,19 @@ def wanted() -> dict[str, int]:
 
 def too_seldom(house: House) -> list[str]:
     """What has not yet happened as often as it has to."""
-    return [name for name, least in wanted().items() if house.count(name) < least]
+    missing = [name for name, least in wanted().items() if house.count(name) < least]
+    return [*missing, *(["kills"] if kills(house) < KILLS else [])]
+
+
+def kills(house: House) -> int:
+    """How many workers were killed in the middle of something."""
+    return sum(house.count(point) for point in (*POINTS, "killed at random"))
 
 
 def torment(house: House, servers: tuple[Postgres, Redis], crew: Crew) -> None:
     """Let faults befall the farm until every frame has ended and every fault has happened often enough."""
     postgres, redis = servers
-    verbs = Verbs(house)
+    verbs = Verbs(house, cancel=0.003 if LONG else 0.03)  # or hardly anything is left to render
 
     def crash_postgres() -> None:
         postgres.stop("immediate")
@@ -240,7 +249,7 @@ def report(house: House, crew: Crew, took_s: float) -> str:
     if house.proxy:
         counts |= house.proxy.happened
     rows = [("killed when " + point, counts.pop(point, 0)) for point in POINTS]
-    rows += [*counts.items(), ("packs reclaimed", lost)]
+    rows += [*counts.items(), ("kills in all", kills(house)), ("packs reclaimed", lost)]
     rows += [(f"frames {r.status}{': ' + r.reason if r.reason else ''}", r.n) for r in ended]
     rows += [("seconds", round(took_s, 1)), ("frames/s", round(sum(r.n for r in ended) / took_s, 1))]
     errors = Counter(
@@ -280,6 +289,60 @@ def until_at_rest(house: House) -> None:
     while not house.at_rest():
         assert time.monotonic() < deadline, "frames are left"
         time.sleep(0.1)
+
+
+# ------------------------------------------------------------------------------------------ clocks
+
+DAY_S = 86400.0
+# everything that says when: all of it by the database's clock
+TIMES = """
+    SELECT 'job' AS of, created_at AS at FROM jobs UNION ALL SELECT 'job', ended_at FROM jobs
+    UNION ALL SELECT 'job id', to_timestamp(('x' || left(replace(id::text, '-', ''), 12))::bit(48)::bigint / 1000.0)
+    FROM jobs
+    UNION ALL SELECT 'frame', ended_at FROM frames
+    UNION ALL SELECT 'pack', claimed_at FROM packs UNION ALL SELECT 'pack', closed_at FROM packs
+    UNION ALL SELECT 'lease', lease_until FROM packs
+    UNION ALL SELECT 'usage', at FROM usage
+    UNION ALL SELECT 'price', lower(p.valid) FROM prices AS p WHERE p.id IN (SELECT price_id FROM usage)
+    UNION ALL SELECT 'image', created_at FROM images
+    UNION ALL SELECT 'event', at FROM events
+"""
+
+
+def test_a_clock_that_is_wrong_on_a_worker_or_a_sweep_changes_nothing(folder, servers, crew):
+    # given workers a day late and a day early, beside one that is right, and a sweep that is a day early
+    house = build(folder, servers, "clocks")
+    with house.entered():
+        house.open_accounts(1)
+        began = house.ask("SELECT clock_timestamp()")[0][0]
+        for name, role, clock_s in (
+            ("late", "worker", -DAY_S),
+            ("early", "worker", DAY_S),
+            ("sweep", "sweep", DAY_S),
+        ):
+            crew.keep(f"clocks-{name}", role, house.env(), replace(house.plan, clock_s=clock_s))
+
+        # when
+        for seed in range(6):
+            house.submit(house.callers[0], 16, seed=100 * seed)
+        until_at_rest(house)
+        crew.drop(house.name)
+
+        # then all is as it is with right ones, and no lease was thought to have run out
+        assert house.wrongs() == {}
+        assert house.ask("SELECT DISTINCT outcome FROM packs") == [("settled",)]
+        ended = house.ask("SELECT clock_timestamp()")[0][0]
+        leased = timedelta(seconds=settings().lease_s)
+        times = [(r.of, r.at) for r in house.ask(TIMES)]
+        assert len({of for of, _ in times}) == 9
+        assert [(of, at) for of, at in times if not began - leased <= at <= ended + leased] == []
+        assert house.ask("SELECT count(DISTINCT worker) FROM packs") == [(2,)]
+
+    # and their clocks were wrong
+    today = datetime.now(UTC)
+    for name, clock_s in (("late", -DAY_S), ("early", DAY_S), ("sweep", DAY_S)):
+        logged = (folder / "crew" / f"clocks-{name}.log").read_text()
+        assert f"{today + timedelta(seconds=clock_s):%Y-%m-%d}" in logged, name
 
 
 # ------------------------------------------------------------------------------------------ negative controls

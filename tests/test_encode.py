@@ -1,5 +1,7 @@
 """Files hold the pixels and what made them, and nothing that names a frame or a job."""
 
+import json
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from farm.catalog import BUILTIN, read
+from farm.features import LoraUse
 from farm.spec import MAX_PROMPT, Format, Spec
 from workers.encode import encode, pixel_hash, provenance, read_metadata
 
@@ -34,6 +37,25 @@ def test_metadata_comes_back_as_it_went_in(pixels: np.ndarray, fmt: Format) -> N
     assert facts["seed"] == "9223372036854775807"
     assert facts["revision"] == MODEL.revision
     assert facts["prompt"] == SPEC.prompt
+
+
+def test_webp_is_lossless_unless_it_has_a_quality_and_jpeg_gets_smaller_with_less(pixels: np.ndarray) -> None:
+    lossless = encode(pixels, Format.WEBP, {})
+    small, large = (encode(pixels, Format.JPEG, {}, quality=q) for q in (10, 95))
+
+    assert np.array_equal(np.asarray(Image.open(BytesIO(lossless)).convert("RGB")), pixels)
+    lossy = np.asarray(Image.open(BytesIO(encode(pixels, Format.WEBP, {}, quality=30))).convert("RGB"))
+    assert not np.array_equal(lossy, pixels)
+    assert len(small) < len(large)
+
+
+def test_what_a_frame_was_made_from_is_inside_its_file_by_hash() -> None:
+    use = LoraUse(name="ink", scale=0.5, sha256="a" * 64)
+    facts = provenance(replace(SPEC, image="sha256:" + "b" * 64, strength=0.5, loras=(use,)), 1, MODEL)
+
+    assert facts["image"] == "sha256:" + "b" * 64
+    assert json.loads(facts["loras"]) == [{"name": "ink", "scale": 0.5, "sha256": "a" * 64}]
+    assert "control" not in facts
 
 
 @given(text=st.text(alphabet=st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40))

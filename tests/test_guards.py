@@ -69,26 +69,31 @@ def settled(job: UUID) -> UUID:
 # ------------------------------------------------------------------------------------------------ done is charged
 
 
-def test_done_without_a_charge_is_refused_at_commit(job: UUID) -> None:
+def test_done_without_a_charge_is_refused(job: UUID) -> None:
     ask(IMAGE)
 
-    refused_at_commit(lambda db: db.execute(text(DONE)), "done without a charge")
+    refused(DONE, "done without a charge")
 
 
-def test_a_frame_stored_as_done_without_a_charge_is_refused_at_commit(job: UUID) -> None:
-    ask(IMAGE)
-    copy = (
-        "INSERT INTO frames (id, job_id, index, key_no, account_id, status, seed, work, quantity, price_id, image_id,"
-        " ended_at, fingerprint, spec) SELECT (left(id::text, 30) || '00ffff')::uuid, job_id, 9, key_no, account_id,"
-        " 'done', seed, work, quantity, price_id, (SELECT min(id) FROM images), now(), fingerprint, spec"
-        " FROM frames WHERE index = 0"
+@pytest.mark.parametrize("status", ["done", "claimed"])
+def test_a_frame_that_begins_in_the_middle_is_refused(job: UUID, status: str) -> None:
+    settle(must_claim())
+    facts = {
+        "done": "NULL, (SELECT min(id) FROM images), now()",
+        "claimed": "(SELECT min(id) FROM packs), NULL, NULL",
+    }
+
+    refused(
+        "INSERT INTO frames (id, job_id, index, key_no, account_id, status, seed, work, quantity, price_id, pack_id,"
+        " image_id, ended_at, fingerprint, spec) SELECT (left(id::text, 30) || '00ffff')::uuid, job_id, 9, key_no,"
+        f" account_id, '{status}', seed, work, quantity, price_id, {facts[status]}, fingerprint, spec"
+        " FROM frames WHERE index = 0",
+        "a frame begins as queued",
     )
 
-    refused_at_commit(lambda db: db.execute(text(copy)), "done without a charge")
 
-
-def test_a_charge_without_done_is_refused_at_commit(job: UUID) -> None:
-    refused_at_commit(lambda db: db.execute(text(CHARGE)), "which is not done at that price")
+def test_a_charge_without_done_is_refused(job: UUID) -> None:
+    refused(CHARGE, "which is not done at that price")
 
 
 @pytest.mark.parametrize("status", ["failed", "cancelled"])
@@ -96,7 +101,7 @@ def test_a_charge_for_a_frame_that_ended_otherwise_is_refused(job: UUID, status:
     reason = "'it would not render'" if status == "failed" else "NULL"
     ask(f"UPDATE frames SET status = '{status}', ended_at = now(), reason = {reason}")
 
-    refused_at_commit(lambda db: db.execute(text(CHARGE)), "which is not done at that price")
+    refused(CHARGE, "which is not done at that price")
 
     ask("INSERT INTO counts (job_id, failed) SELECT id, 2 FROM jobs")  # so that the audit finds nothing
     ask("UPDATE jobs SET held = 0")
@@ -108,23 +113,33 @@ def test_a_charge_of_another_quantity_than_was_admitted_is_refused(job: UUID) ->
     dearer = CHARGE.replace("f.quantity", "2 * f.quantity")
 
     # then though it is the right amount for that quantity
-    def act(db: Session) -> None:
-        db.execute(text(DONE))
-        db.execute(text(dearer))
-
-    refused_at_commit(act, "which is not done at that price")
+    refused(f"WITH done AS ({DONE}) {dearer}", "which is not done at that price")
 
 
 def test_a_charge_to_another_account_is_refused(job: UUID) -> None:
     account("other")
     other = "(SELECT id FROM accounts WHERE name = 'other')"
-    ask(IMAGE)
+    ask(IMAGE.replace("FROM accounts", "FROM accounts WHERE name <> 'other'"))
 
-    def act(db: Session) -> None:
-        db.execute(text(DONE))
-        db.execute(text(CHARGE.replace("f.account_id", other)))
+    refused(
+        f"WITH done AS ({DONE}) {CHARGE.replace('f.account_id', other)}", "which is not done at that price"
+    )
 
-    refused_at_commit(act, "which is not done at that price")
+
+def test_done_with_another_accounts_image_is_refused(job: UUID) -> None:
+    account("other")
+    ask(IMAGE.replace("FROM accounts", "FROM accounts WHERE name = 'other'"))
+
+    refused(f"WITH done AS ({DONE}) {CHARGE}", "an image that is not its account's")
+
+
+def test_claimed_by_a_pack_that_is_closed_is_refused(settled: UUID) -> None:
+    submit(account("other"), 1)
+
+    refused(
+        "UPDATE frames SET status = 'claimed', pack_id = (SELECT id FROM packs) WHERE status = 'queued'",
+        "claimed by a pack that is not open",
+    )
 
 
 def test_a_second_charge_is_refused(settled: UUID) -> None:
@@ -140,6 +155,8 @@ def test_a_second_reversal_is_refused_and_the_first_is_not(settled: UUID) -> Non
         reason = "INSERT INTO reversals (frame_id, account_id, reason) SELECT id, account_id, 'blurred' FROM frames"
         db.execute(text(reason))
         db.execute(text(reverse))
+        db.execute(text("INSERT INTO outbox (account_id, job_id, frame_id, kind)"
+                        " SELECT account_id, job_id, id, 'usage.reversed' FROM frames"))  # fmt: skip
 
     assert one("SELECT sum(amount) FROM usage") == 0
     refused(reverse, "usage_.*pkey")
@@ -151,19 +168,36 @@ def test_a_wrong_amount_is_refused(job: UUID) -> None:
 
 
 def test_another_rate_than_the_prices_is_refused(job: UUID) -> None:
-    refused(CHARGE.replace("p.rate", "(2 * p.rate)"), "usage_price_id_method_currency_rate_fkey")
+    ask(IMAGE)
+
+    refused(
+        f"WITH done AS ({DONE}) {CHARGE.replace('p.rate', '(2 * p.rate)')}",
+        "at another rate than its price's",
+    )
 
 
 def test_usage_is_neither_changed_nor_deleted(settled: UUID) -> None:
-    for column, value in (
-        ("amount", "0"),
-        ("quantity", "1"),
-        ("at", "now()"),
-        ("account_id", "gen_random_uuid()"),
-    ):
-        refused(f"UPDATE usage SET {column} = {value}", "usage is append-only")
+    changes = {
+        "frame_id": "gen_random_uuid()",
+        "entry": "1",
+        "account_id": "gen_random_uuid()",
+        "job_id": "gen_random_uuid()",
+        "model": "'beta'",
+        "method": "'image'",
+        "currency": "'EUR'",
+        "price_id": "price_id + 1",
+        "rate": "2 * rate",
+        "quantity": "1",
+        "amount": "0",
+        "pack_id": "4711",
+        "at": "now() + interval '1 s'",
+    }
+    columns = ask("SELECT column_name FROM information_schema.columns WHERE table_name = 'usage'")
+    assert {c.column_name for c in columns} == {*changes, "statement_line"}
+    for column, value in changes.items():  # some break a check before
+        refused(f"UPDATE usage SET {column} = {value}", "usage is append-only|usage_check|usage_.*_fkey")
+    refused("UPDATE usage SET quantity = 2 * quantity, amount = 2 * amount", "usage is append-only")
     refused("DELETE FROM usage", "usage is append-only")
-    refused("UPDATE usage SET frame_id = gen_random_uuid()", "usage is append-only")
 
 
 def test_usage_gets_its_statement_line_once(settled: UUID) -> None:

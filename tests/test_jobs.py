@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 from sqlalchemy import text
 
-from farm import ids, jobs, queue, sweep
+from farm import ids, jobs, queue, submissions, sweep
 from farm.db import transaction
 from farm.errors import Conflict, Gone, Invalid, NotFound
 from farm.queue import FrameStatus
@@ -82,7 +82,7 @@ def test_frames_of_a_job_of_several_models_are_claimed_for_each(books: str) -> N
     caller = account()
     specs = [{"prompt": "x", "model": m} for m in ("alpha", "beta", "alpha")]
     with transaction() as db:
-        job, _ = jobs.submit(db, caller, jobs.Submission(specs=specs), models=CATALOG)
+        job, _ = submissions.submit(db, caller, submissions.Submission(specs=specs), models=CATALOG)
         assert jobs.models_of(db, job) == ["alpha", "beta"]
 
     assert [f.index for f in must_claim(models=["alpha"]).frames] == [0, 2]
@@ -145,7 +145,7 @@ def test_the_faults_of_every_spec_are_named_at_once(books: str) -> None:
     ]
 
     with pytest.raises(Invalid) as refusal, transaction() as db:
-        jobs.submit(db, account(), jobs.Submission(specs=specs), models=CATALOG)
+        submissions.submit(db, account(), submissions.Submission(specs=specs), models=CATALOG)
 
     assert [f.field for f in refusal.value.faults] == ["specs[0].width", "specs[0].steps", "specs[2].model"]
     assert one(EVERYTHING) == 0
@@ -155,7 +155,7 @@ def test_a_submission_has_no_more_frames_than_allowed_in_all_its_specs(books: st
     specs = [{"prompt": "x", "model": "alpha", "count": settings().max_count // 2 + 1}] * 2
 
     with pytest.raises(Invalid) as refusal, transaction() as db:
-        jobs.submit(db, account(), jobs.Submission(specs=specs), models=CATALOG)
+        submissions.submit(db, account(), submissions.Submission(specs=specs), models=CATALOG)
 
     assert [f.field for f in refusal.value.faults] == ["specs[1].count"]
 
@@ -184,7 +184,7 @@ def test_a_submission_has_no_more_frames_than_allowed_in_all_its_specs(books: st
 )
 def test_a_body_that_is_no_submission_is_refused(body: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        jobs.Submission.model_validate(body)
+        submissions.Submission.model_validate(body)
 
 
 @pytest.mark.parametrize(("name", "number"), [("urgent", 9), ("standard", 5), ("bulk", 1), (0, 0), (7, 7)])
@@ -209,7 +209,7 @@ def test_the_same_key_and_body_is_the_same_job(books: str) -> None:
     for _ in range(2):
         with transaction() as db:
             answers.append(
-                jobs.submit(
+                submissions.submit(
                     db, caller, submission(), idempotency_key="k", body_sha256=sha("a"), models=CATALOG
                 )
             )
@@ -222,10 +222,14 @@ def test_the_same_key_and_body_is_the_same_job(books: str) -> None:
 def test_the_same_key_with_another_body_is_refused_and_stores_nothing(books: str) -> None:
     caller = account()
     with transaction() as db:
-        jobs.submit(db, caller, submission(), idempotency_key="k", body_sha256=sha("a"), models=CATALOG)
+        submissions.submit(
+            db, caller, submission(), idempotency_key="k", body_sha256=sha("a"), models=CATALOG
+        )
 
     with pytest.raises(Invalid, match="another body"), transaction() as db:
-        jobs.submit(db, caller, submission(), idempotency_key="k", body_sha256=sha("b"), models=CATALOG)
+        submissions.submit(
+            db, caller, submission(), idempotency_key="k", body_sha256=sha("b"), models=CATALOG
+        )
 
     assert one("SELECT count(*) FROM jobs") == 1
 
@@ -233,7 +237,9 @@ def test_the_same_key_with_another_body_is_refused_and_stores_nothing(books: str
 def test_accounts_do_not_share_idempotency_keys(books: str) -> None:
     for caller in (account("one"), account("other")):
         with transaction() as db:
-            jobs.submit(db, caller, submission(), idempotency_key="k", body_sha256=sha("a"), models=CATALOG)
+            submissions.submit(
+                db, caller, submission(), idempotency_key="k", body_sha256=sha("a"), models=CATALOG
+            )
 
     assert one("SELECT count(*) FROM jobs") == 2
 
@@ -241,12 +247,12 @@ def test_accounts_do_not_share_idempotency_keys(books: str) -> None:
 def test_a_refused_submission_does_not_use_up_its_key(books: str) -> None:
     caller = account()
     with pytest.raises(Invalid), transaction() as db:
-        jobs.submit(
+        submissions.submit(
             db, caller, submission(steps=0), idempotency_key="k", body_sha256=sha("a"), models=CATALOG
         )
 
     with transaction() as db:
-        _, accepted = jobs.submit(
+        _, accepted = submissions.submit(
             db, caller, submission(), idempotency_key="k", body_sha256=sha("b"), models=CATALOG
         )
 
@@ -261,7 +267,7 @@ def test_fifty_at_once_with_one_key_make_one_job_and_get_equal_answers(
 
     def post(_: int) -> tuple[UUID, bool]:
         with transaction() as db:
-            return jobs.submit(
+            return submissions.submit(
                 db, caller, submission(count=3), idempotency_key="k", body_sha256=sha("a"), models=CATALOG
             )
 
@@ -278,12 +284,14 @@ def test_fifty_at_once_with_one_key_make_one_job_and_get_equal_answers(
 def test_a_key_that_is_being_used_just_now_is_a_conflict(books: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # given a wait shorter than in earnest
     caller = account()
-    monkeypatch.setattr(jobs, "text", lambda s: text(s.replace("'5s'", "'20ms'")))
+    monkeypatch.setattr(submissions, "text", lambda s: text(s.replace("'5s'", "'20ms'")))
 
     with transaction() as db:
-        jobs.submit(db, caller, submission(), idempotency_key="k", body_sha256=sha("a"), models=CATALOG)
+        submissions.submit(
+            db, caller, submission(), idempotency_key="k", body_sha256=sha("a"), models=CATALOG
+        )
         with pytest.raises(Conflict, match="being worked on"), transaction() as other:
-            jobs.submit(
+            submissions.submit(
                 other, caller, submission(), idempotency_key="k", body_sha256=sha("a"), models=CATALOG
             )
 
@@ -398,7 +406,7 @@ def test_a_job_is_found_by_its_idempotency_key(books: str) -> None:
     caller = account()
     submit(caller)
     with transaction() as db:
-        job, _ = jobs.submit(
+        job, _ = submissions.submit(
             db, caller, submission(), idempotency_key="k", body_sha256=sha("a"), models=CATALOG
         )
 

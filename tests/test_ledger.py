@@ -11,7 +11,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from farm import events, ids, ledger, pricing
+from farm import accounts, events, ids, ledger, pricing, statements
 from farm.accounts import Caller
 from farm.catalog import Catalog
 from farm.db import sql, transaction
@@ -402,6 +402,103 @@ def test_the_audit_finds_nothing_at_any_stage(books: str) -> None:
     with transaction() as db:
         ledger.fold_counts(db)
     assert violations() == []
+
+
+@pytest.mark.parametrize("kept_in", ["outbox", "events"])
+def test_the_audit_wants_one_event_for_each_charge_and_reversal_and_none_else(
+    books: str, kept_in: str
+) -> None:
+    # given two charges, one of them taken back
+    job = submit(account(), 3)
+    pack = must_claim()
+    settle(pack, pack.frames[:2])
+    reverse(ids.frame_id(job, 0))
+    if kept_in == "events":
+        relay()
+    numbers = "SELECT coalesce(max(number), 0) + 1 FROM events"
+    copy = (
+        "INSERT INTO outbox (account_id, job_id, frame_id, kind) SELECT account_id, job_id, frame_id, kind FROM outbox"
+        if kept_in == "outbox"
+        else f"INSERT INTO events SELECT ({numbers}), account_id, job_id, frame_id, kind, data, at FROM events"
+    )
+    first, open_one = ids.frame_id(job, 0), ids.frame_id(job, 2)
+    breaks = {
+        f"DELETE FROM {kept_in} WHERE kind = 'frame.done' AND frame_id = '{first}'": "charge without its event",
+        f"DELETE FROM {kept_in} WHERE kind = 'usage.reversed'": "charge without its event",
+        f"{copy} WHERE kind = 'frame.done' AND frame_id = '{first}'": "charge told of more than once",
+        f"UPDATE {kept_in} SET frame_id = '{open_one}' WHERE frame_id = '{first}' AND kind = 'frame.done'":
+            "event of a charge that was not made",
+    }  # fmt: skip
+
+    # then
+    for statement, expected in breaks.items():
+        with transaction() as db:
+            db.execute(text(statement))
+            assert expected in {v.violation for v in ledger.audit(db)}, statement
+            db.rollback()
+
+
+def test_what_was_detached_is_named_and_is_no_violation(books: str) -> None:
+    # given a month of work on a statement that was closed, and some of it taken back later
+    caller = account()
+    for _ in range(2):
+        job = submit(caller, 3)
+        pack = must_claim()
+        settle(pack)
+    last_month = datetime.now(UTC).replace(day=1) - timedelta(days=3)
+    back_date(last_month)
+    ask("UPDATE jobs SET created_at = :at", at=last_month)
+    with transaction() as db:
+        statements.close_further(db, accounts.find(db, "acme"), last_month.date().replace(day=1))
+    reverse(ids.frame_id(job, 0))
+    with transaction() as db:
+        ledger.fold_counts(db)
+        events.relay(db)
+    month = one("SELECT to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM')")
+    with transaction() as db:
+        assert (ledger.audit(db), ledger.unseen(db)) == ([], [])
+
+    for tables in (["frames"], ["usage"], ["frames", "usage"]):
+        with transaction() as db:
+            for table in tables:
+                db.execute(text(f"ALTER TABLE {table} DETACH PARTITION {table}_{month.replace('-', '_')}"))
+
+            # when
+            found, unseen = ledger.audit(db), ledger.unseen(db)
+            db.rollback()
+
+        # then
+        assert found == []
+        assert [u.what for u in unseen] == [f"{table} of {month}" for table in tables]
+        assert all("2 jobs with 6 done frames" in u.detail for u in unseen)
+
+
+def test_events_that_left_are_not_missed_but_later_ones_are(books: str) -> None:
+    # given two charges of long ago and one of now, and that the events of the first left
+    caller = account()
+    for n in range(3):
+        submit(caller, 1, seed=n)
+        settle(must_claim())
+    with transaction() as db:
+        events.relay(db)
+        first, second, _ = db.scalars(text("SELECT frame_id FROM usage ORDER BY frame_id")).all()
+        db.execute(text("UPDATE events SET at = at - interval '2 hours' WHERE number <= 6"))
+        db.execute(text("ALTER TABLE usage DISABLE TRIGGER USER"))
+        db.execute(
+            text("UPDATE usage SET at = at - interval '2 hours' WHERE frame_id IN (:a, :b)"),
+            {"a": first, "b": second},
+        )
+        numbers = db.execute(
+            text("SELECT number, frame_id FROM events WHERE kind = 'frame.done' ORDER BY number")
+        ).all()
+        db.execute(text("DELETE FROM events WHERE number <= :n"), {"n": numbers[0].number})
+
+        # then
+        assert ledger.audit(db) == []
+        assert [u.what for u in ledger.unseen(db)] == ["events"]
+        db.execute(text("DELETE FROM events WHERE number = :n"), {"n": numbers[2].number})
+        assert [v.violation for v in ledger.audit(db)] == ["charge without its event"]
+        db.rollback()
 
 
 # ------------------------------------------------------------------------------------------------ images

@@ -107,6 +107,29 @@ def test_frames_that_were_not_delivered_are_the_farms(books: str) -> None:
     assert (model.name, model.gpu_us, model.undelivered_us) == ("alpha", 75 * MS, 25 * MS)
 
 
+@pytest.mark.parametrize("how", ["release", "fail"])
+def test_a_pack_whose_last_frames_come_back_keeps_its_time(books: str, how: str) -> None:
+    # given a pack of four, of which two are delivered
+    caller = account()
+    submit(caller, 4)
+    pack = must_claim()
+    rendered(pack, 60, pack.frames[:2])
+    back, took = [f.id for f in pack.frames[2:]], {pack.id: 100}
+
+    # when the others come back, one after the other
+    for frame in back:
+        with transaction() as db:
+            if how == "release":
+                queue.release(db, [pack.id], frames=[frame], gpu_ms=took)
+            else:
+                queue.fail(db, pack.id, "it broke", frames=[frame], gpu_ms=took)
+
+    # then every part of its time is somebody's
+    (model,) = found().models
+    assert gpu(found().accounts) == {"acme": 50 * MS}
+    assert (model.gpu_us, model.undelivered_us) == (50 * MS, 50 * MS)
+
+
 def test_a_frame_rendered_again_costs_its_account_one_rendering(books: str) -> None:
     # given a frame whose first two packs came to nothing
     caller = account()

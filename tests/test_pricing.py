@@ -20,7 +20,7 @@ from farm.accounts import Caller, Role
 from farm.api.app import create_app
 from farm.catalog import Catalog, Method, catalog
 from farm.db import transaction
-from farm.errors import Invalid
+from farm.errors import Invalid, NotFound
 from farm.pricing import FACTOR, DatedPrice, Rate, shown, total
 from farm.spec import Asked, Spec, quantity, resolve
 from farm.tables import Account
@@ -39,7 +39,15 @@ from tests.factories import (
     view,
 )
 
-MODULES = ("pricing", "budgets", "ledger", "jobs", "queue", "tables")  # where amounts pass through
+MODULES = (
+    "pricing",
+    "budgets",
+    "ledger",
+    "drafts",
+    "submissions",
+    "jobs",
+    "queue",
+)  # where amounts pass through
 
 
 def rate(method: Method, amount: str) -> Rate:
@@ -113,6 +121,7 @@ def test_no_amount_in_the_database_is_a_float(books: str) -> None:
     floats = ask(
         "SELECT table_name, column_name FROM information_schema.columns"
         " WHERE table_schema = 'public' AND data_type IN ('real', 'double precision')"
+        " AND table_name <> 'measurements'"  # of devices, in seconds and bytes
     )
 
     assert floats == []
@@ -332,6 +341,62 @@ def test_a_price_planned_for_the_same_moment_gives_way(books: str) -> None:
     ]
 
 
+def test_a_planned_price_is_withdrawn_and_the_one_before_it_goes_on(books: str) -> None:
+    # given three prices that follow each other
+    first, second = in_an_hour(), in_an_hour(2)
+    put("0.0064", since=first)
+    put("0.0128", since=second)
+
+    # when
+    gone = withdraw(first)
+
+    # then the catalog's lasts until the second
+    assert (gone.rate, gone.starts, gone.ends) == (Decimal("0.0064"), first, second)
+    assert [(p.rate, p.ends) for p in line()] == [(Decimal("0.0032"), second), (Decimal("0.0128"), None)]
+    withdraw(second)
+    assert [(p.rate, p.ends) for p in line()] == [(Decimal("0.0032"), None)]
+
+
+def test_only_what_is_planned_can_be_withdrawn(books: str) -> None:
+    # given
+    now = put("0.0064")
+    moment = in_an_hour()
+    put("0.5", since=moment, account=row(account()))
+
+    # then
+    with pytest.raises(Invalid) as refused:
+        withdraw(now.starts)
+    assert [f.field for f in refused.value.faults] == ["since"]
+    for other in ({"since": in_an_hour(2)}, {"since": moment}, {"since": moment, "model": "none"}):
+        with pytest.raises(NotFound, match="no price is planned"):
+            withdraw(**other)  # type: ignore[arg-type]
+    assert len(line()) == 2
+
+
+def test_the_price_of_reuse_is_withdrawn_by_its_method(books: str) -> None:
+    moment = in_an_hour()
+    put("0.001", since=moment, method=Method.REUSE)
+    put("0.0064", since=moment)
+
+    assert withdraw(moment, method=Method.REUSE).method is Method.REUSE
+    assert [p.rate for p in line()] == [Decimal("0.0032"), Decimal("0.0064")]
+
+
+def test_an_end_that_has_passed_stays(books: str) -> None:
+    put("0.0064")
+
+    with pytest.raises(IntegrityError, match="a price never changes"):
+        ask(
+            "UPDATE prices SET valid = tstzrange(lower(valid), NULL)"
+            " WHERE upper(valid) IS NOT NULL AND source = 'catalog'"
+        )
+
+
+def withdraw(since: datetime, *, model: str = "alpha", **facts: Any) -> DatedPrice:
+    with transaction() as db:
+        return pricing.withdraw(db, CATALOG, **{"account": None, "model": model, "since": since, **facts})
+
+
 @pytest.mark.parametrize(
     ("facts", "field"),
     [
@@ -403,7 +468,7 @@ def test_what_was_in_force_is_kept_by_the_database(books: str) -> None:
         "UPDATE prices SET valid = tstzrange(lower(valid), lower(valid) + interval '1 us') WHERE NOT upper_inf(valid)",
         "DELETE FROM prices WHERE lower(valid) <= now()",
     ):
-        with pytest.raises(IntegrityError, match=r"never changes|are kept"):
+        with pytest.raises(IntegrityError, match=r"never changes|are kept|prices_int4range_valid_excl"):
             ask(change)
 
 

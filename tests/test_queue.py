@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from farm import jobs, ledger, queue, sweep
+from farm import budgets, jobs, ledger, queue, sweep
 from farm.catalog import PackLimit
 from farm.db import SQL, sql, transaction
 from farm.queue import ClaimedPack, Settled
@@ -772,13 +772,14 @@ def test_frames_stored_before_and_a_lane_opened_after_it_was_retired_are_claimed
     submit(caller)
     must_claim()
     acts = [retire]
+    admit = budgets.admit
 
-    def sql_after_act(name: str) -> Any:
-        if name == "open_lanes" and acts:
+    def admit_after_act(*values: Any, **facts: Any) -> None:
+        if acts:
             acts.pop()()
-        return sql(name)
+        admit(*values, **facts)
 
-    monkeypatch.setattr(jobs, "sql", sql_after_act)
+    monkeypatch.setattr(budgets, "admit", admit_after_act)
 
     # when
     submit(caller)
@@ -1730,7 +1731,15 @@ def crowd(books: str) -> None:
 def test_claiming_of_many_frames_reads_the_indexes_it_names_and_one_partition(crowd: None) -> None:
     # given
     month = one("SELECT to_char(now(), '\"frames_\"YYYY_MM')")
-    values: dict[str, Any] = {"models": ["alpha"], "ageing": True, "ageing_s": 60.0}
+    values: dict[str, Any] = {
+        "models": ["alpha"],
+        "ageing": True,
+        "ageing_s": 60.0,
+        "above": -1,
+        "warm": None,
+        "suspects": True,
+    }
+    rest = {"alone": False, "frames": 8, "worker": "a", "lease_s": 60.0, "engine": None, "shared": False}
 
     def plan(name: str, values: dict[str, Any]) -> list[tuple[str, str, str, float]]:
         """The plan as it ran, rolled back."""
@@ -1749,9 +1758,7 @@ def test_claiming_of_many_frames_reads_the_indexes_it_names_and_one_partition(cr
     # when
     plans = {
         "head": plan("head", values),
-        "claim": plan(
-            "claim", {**claiming, "alone": False, "frames": 8, "worker": "a", "lease_s": 60.0, "engine": None}
-        ),
+        "claim": plan("claim", {**claiming, **rest, "above": -1}),
     }
 
     # then

@@ -9,14 +9,14 @@ from uuid import UUID
 import pytest
 from fastapi.testclient import TestClient
 
-from farm import accounts, ids, jobs, pricing, quotes
+from farm import accounts, ids, pricing, quotes, submissions
 from farm.accounts import Caller, Role
 from farm.api.app import create_app
 from farm.catalog import Method, catalog
 from farm.db import transaction
 from farm.errors import BudgetExceeded, Gone, Invalid, NotFound
-from farm.jobs import Submission
 from farm.quotes import Quoted
+from farm.submissions import Submission
 from tests.factories import (
     CATALOG,
     FRAME,
@@ -39,7 +39,7 @@ SPEC = {"prompt": "a red circle", "model": "alpha", "seed": 0}
 def quote(caller: Caller, count: int = 1, *, priority: int = 5, **spec: Any) -> Quoted:
     with transaction() as db:
         sent = submission(priority=priority, count=count, **spec)
-        return jobs.quote(db, caller, sent, models=CATALOG)
+        return submissions.quote(db, caller, sent, models=CATALOG)
 
 
 def against(caller: Caller, quoted: Quoted | str, count: int = 1, **facts: Any) -> UUID:
@@ -47,7 +47,7 @@ def against(caller: Caller, quoted: Quoted | str, count: int = 1, **facts: Any) 
     name = quoted if isinstance(quoted, str) else ids.public("quo", quoted.id)
     sent = Submission(spec={**SPEC, "count": count, **facts.pop("spec", {})}, quote=name, **facts)
     with transaction() as db:
-        return jobs.submit(db, caller, sent, models=CATALOG)[0]
+        return submissions.submit(db, caller, sent, models=CATALOG)[0]
 
 
 def dearer() -> None:
@@ -70,7 +70,7 @@ def test_a_quote_says_frames_and_cost_to_the_last_digit_by_model(books: str) -> 
         {**SPEC, "count": 1},
     ]
     with transaction() as db:
-        quoted = jobs.quote(db, account(), Submission(specs=specs), models=CATALOG)
+        quoted = submissions.quote(db, account(), Submission(specs=specs), models=CATALOG)
 
     alpha, flat = quoted.parts
     assert (alpha.frames, alpha.quantity) == (4, 3 * 520 * 512 * 4 + 512 * 512 * 4)
@@ -120,7 +120,7 @@ def test_specs_one_by_one_are_as_good_as_counted(books: str) -> None:
     quoted = quote(caller, 2)
     with transaction() as db:
         sent = Submission(specs=[SPEC, SPEC], quote=ids.public("quo", quoted.id))
-        job = jobs.submit(db, caller, sent, models=CATALOG)[0]
+        job = submissions.submit(db, caller, sent, models=CATALOG)[0]
 
     assert view(caller, job).quoted == quoted.amount
 
@@ -166,7 +166,7 @@ def test_of_two_that_use_a_quote_at_once_one_gets_it(books: str) -> None:
 
     with ThreadPoolExecutor(1) as thread:
         with transaction() as db:
-            jobs.submit(db, caller, sent, models=CATALOG)
+            submissions.submit(db, caller, sent, models=CATALOG)
             second = thread.submit(against, caller, quoted)
             until_blocked()
 
@@ -204,7 +204,7 @@ def test_a_quote_above_the_jobs_own_budget_is_refused(books: str) -> None:
     caller, sent = account(), Submission(spec={**SPEC, "count": 2}, budget="0.0063")
 
     with transaction() as db, pytest.raises(BudgetExceeded):
-        jobs.quote(db, caller, sent, models=CATALOG)
+        submissions.quote(db, caller, sent, models=CATALOG)
 
     assert one("SELECT count(*) FROM quotes") == 0
 

@@ -13,16 +13,17 @@ from uuid import UUID
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from farm import accounts, ids, queue, retention, sweep
+from farm import accounts, ids, ledger, queue, retention, sweep
 from farm.accounts import Caller, Role
 from farm.api.app import create_app
 from farm.db import transaction
-from farm.errors import Conflict, Invalid, NotFound, StorageAway
+from farm.errors import Conflict, FarmError, Invalid, NotFound, StorageAway
 from farm.queue import ClaimedPack, StoredFrame
 from farm.settings import settings
-from farm.storage import image_key, open_store
+from farm.storage import Store, image_key, open_store
 from farm.storage.local import LocalStore
 from farm.tables import Account
 from tests.factories import (
@@ -484,6 +485,47 @@ def test_the_frames_beside_one_that_is_given_back_are_booked(books: str, root: P
     assert settled.done == {second.id}
     assert statuses(new) == ["queued", "done"]
     assert one("SELECT count(*) FROM usage WHERE job_id = :job", job=new) == 1
+
+
+@pytest.mark.parametrize(
+    ("revives", "wrong"), [("as the product", []), ("at once", ["image is not in the store"])]
+)
+def test_without_the_rule_for_tombstones_a_frame_is_billed_whose_file_the_purge_takes(
+    books: str, root: Path, monkeypatch: pytest.MonkeyPatch, revives: str, wrong: list[str]
+) -> None:
+    """A negative control: a settle that just takes a tombstone off loses the file, and the audit of images says so."""
+    # given bytes stored again, and booked when the purge has listed their tombstone and not yet deleted the file
+    caller = account()
+    job, _ = rendered(caller, b"picture")
+    delete(caller, job)
+    do("clear")
+    new, same = again(caller, b"picture")
+    really = retention._delete
+
+    def book_first(store: Store, key: str) -> FarmError | None:
+        settle_naively(same) if revives == "at once" else settle_again(same)
+        return really(store, key)
+
+    monkeypatch.setattr(retention, "_delete", book_first)
+
+    # when
+    do("purge")
+
+    # then
+    with transaction() as db:
+        images = ledger.images_after(db, 0, limit=10)
+    found = ledger.audit_images(images, open_store(settings().storage_url.get_secret_value()))
+    assert [v.violation for v in found] == wrong
+    assert statuses(new) == ["done" if wrong else "queued"]
+
+
+def settle_naively(image: StoredFrame) -> None:
+    with transaction() as db:
+        db.execute(text("ALTER TABLE images DISABLE TRIGGER images_revived"))
+        db.execute(
+            text("UPDATE images SET deleted_at = NULL, purged_at = NULL WHERE key = :key"), {"key": image.key}
+        )
+        queue.settle(db, [image])
 
 
 def test_an_orphan_that_is_condemned_while_it_is_stored_again_does_not_take_the_frames_image(

@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy.exc import IntegrityError
 
-from farm import accounts, budgets, jobs, ledger, pricing, retention, reuse, sweep
+from farm import accounts, budgets, jobs, ledger, pricing, retention, reuse, submissions, sweep
 from farm.accounts import Caller, Role
 from farm.catalog import Catalog
 from farm.db import transaction
@@ -88,6 +88,7 @@ def test_an_equal_frame_is_answered_at_once_with_the_stored_image() -> None:
     assert claim() is None
     shown = view(caller, second)
     assert (shown.status, shown.done, shown.charged, shown.held) == ("finished", 2, 0, 0)
+    assert (shown.reused, shown.waiting, view(caller, first).reused) == (2, 0, 0)
     assert images(second) == images(first)
     assert one("SELECT bool_and(reused) FROM frames WHERE job_id = :job", job=second)
     assert not one("SELECT bool_or(reused) FROM frames WHERE job_id = :job", job=first)
@@ -300,14 +301,20 @@ def test_equal_frames_of_one_job_are_rendered_once() -> None:
     caller = account()
     spec = {"prompt": "a red circle", "model": "alpha", "seed": 3}
     with transaction() as db:
-        job, _ = jobs.submit(db, caller, jobs.Submission(specs=[spec] * 3), models=CATALOG)
+        job, _ = submissions.submit(db, caller, submissions.Submission(specs=[spec] * 3), models=CATALOG)
 
     # then
     assert statuses(job) == ["queued", "waiting", "waiting"]
+    shown = view(caller, job)
+    assert (shown.queued, shown.waiting, shown.reused) == (3, 2, 0)
     settle(must_claim())
     look()
     assert statuses(job) == ["done"] * 3
     assert view(caller, job).charged == FRAME
+    for _ in range(2):  # folded, and as it was
+        shown = view(caller, job)
+        assert (shown.done, shown.waiting, shown.reused) == (3, 0, 2)
+        sweep.tidy()
 
 
 @pytest.mark.parametrize("how", ["failed", "cancelled", "paused", "cancelled on the device"])
@@ -404,7 +411,9 @@ def test_a_waiting_frame_of_a_cancelled_job_is_cancelled_and_not_billed() -> Non
     # given
     caller = account()
     first, second = again(caller), again(caller)
+    assert view(caller, second).waiting == 1
     verb(jobs.cancel, caller, second)
+    assert view(caller, second).waiting == 0
 
     # when the earlier is done before the sweep gets to it
     settle(must_claim())
@@ -524,7 +533,7 @@ def test_many_that_wait_are_looked_at_a_part_at_a_time() -> None:
 
 def test_a_large_submission_leaves_what_is_known_to_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     # given
-    monkeypatch.setattr(jobs, "AT_ONCE", 2)
+    monkeypatch.setattr(reuse, "AT_ONCE", 2)
     caller = account()
     again(caller, 3)
     settle(must_claim())

@@ -1,5 +1,7 @@
 """Specs: what may be asked, and what frames must share to be packed."""
 
+import hashlib
+import json
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -8,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farm.catalog import Method
 from farm.errors import Fault
+from farm.features import steps_run
 from farm.spec import (
     MAX_PROMPT,
     MAX_SEED,
@@ -17,6 +21,7 @@ from farm.spec import (
     Spec,
     call_key,
     fingerprint,
+    quantity,
     random_seed,
     resolve,
     rows,
@@ -199,6 +204,76 @@ def test_the_seed_the_revision_and_the_precision_are_in_the_fingerprint() -> Non
 
     assert len(prints) == 5
     assert {len(p) for p in prints} == {32}
+
+
+def test_a_plain_spec_says_and_hashes_what_it_did_before_there_were_inputs() -> None:
+    said = {
+        "model": "alpha", "prompt": "a red circle", "negative_prompt": "", "width": 512, "height": 512, "steps": 4,
+        "guidance": 7.5, "sampler": "dpm++2m", "format": "png",
+    }  # fmt: skip
+    hashed = {**said, "seed": 1, "revision": ALPHA.revision, "dtype": ALPHA.dtype}
+    del hashed["format"]
+
+    assert spec().to_json() == said
+    assert (
+        fingerprint(spec(), ALPHA, 1) == hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).digest()
+    )
+    assert call_key(spec(), ALPHA) == f"alpha@{ALPHA.revision[:12]}/{ALPHA.dtype} 512x512 4 dpm++2m guided"
+
+
+FEATURES: list[dict[str, Any]] = [
+    {"image": "sha256:" + "1" * 64, "strength": 0.5},
+    {"image": "sha256:" + "1" * 64, "mask": "sha256:" + "2" * 64, "strength": 0.5},
+    {"hires": {"width": 640, "height": 576, "steps": 4, "strength": 0.5}},
+    {"upscale": {"factor": 1.5, "steps": 8, "strength": 0.25}},
+    {"clip_skip": 2},
+    {"prompt_weights": True},
+    {"long_prompt": True},
+    {"reproducible": "strict"},
+]
+
+
+def test_what_is_asked_for_beside_text_comes_back_from_json_and_shares_no_call() -> None:
+    asked = [spec(), *(spec(**feature) for feature in FEATURES)]
+
+    assert [Spec.from_json(json.loads(json.dumps(a.to_json()))) for a in asked] == asked
+    assert len({call_key(a, ALPHA) for a in asked}) == len(asked)
+    assert len({fingerprint(a, ALPHA, 1) for a in asked}) == len(asked)
+    again = [resolve(Asked(**a.to_json()), CATALOG) for a in asked]
+    assert again == asked
+
+
+def test_images_may_differ_from_frame_to_frame_in_a_call_and_strengths_may_not() -> None:
+    one, other = (spec(image="sha256:" + n * 64, strength=0.5) for n in "12")
+
+    assert call_key(one, ALPHA) == call_key(other, ALPHA)
+    assert fingerprint(one, ALPHA, 1) != fingerprint(other, ALPHA, 1)
+    assert call_key(one, ALPHA) != call_key(spec(image=one.image, strength=0.75), ALPHA)
+
+
+def test_the_steps_that_run_are_counted_over_all_passes() -> None:
+    two = spec(steps=20, image="sha256:" + "1" * 64, strength=0.29, upscale={"factor": 1.5, "strength": 0.5})
+
+    assert [(p.width, p.height, p.schedule, p.steps) for p in two.passes] == [
+        (512, 512, 20, 5),
+        (768, 768, 20, 10),
+    ]
+    assert quantity(two, Method.MPX_STEP) == 512 * 512 * 5 + 768 * 768 * 10
+    assert work(two, ALPHA) == 2 * quantity(two, Method.MPX_STEP)
+    assert two.largest_pixels == 768 * 768
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "run"), [(100, 0.29, 29), (10, 0.7, 7), (10, 0.75, 7), (3, 0.3, 0)]
+)
+def test_steps_are_rounded_down_and_binary_fractions_forgiven(steps: int, strength: float, run: int) -> None:
+    assert steps_run(steps, strength) == run
+
+
+def test_a_quality_makes_another_file_and_so_another_fingerprint() -> None:
+    assert fingerprint(spec(format="jpeg", quality=50), ALPHA, 1) != fingerprint(
+        spec(format="jpeg"), ALPHA, 1
+    )
 
 
 def test_the_format_is_not_in_the_fingerprint() -> None:

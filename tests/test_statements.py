@@ -4,6 +4,7 @@ import csv
 import io
 import re
 import threading
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -471,6 +472,29 @@ def test_a_statement_is_a_page_that_needs_nothing_from_elsewhere(books: str, ask
     assert "@page" in page.text
     assert ">Draft<" in draft.text
     assert ">Draft<" not in page.text
+
+
+def test_a_browser_gets_the_page_and_is_asked_for_the_key(
+    books: str, api: TestClient, asking: Asking
+) -> None:
+    acme = account()
+    mine = as_(acme, Role.READ)
+    browser = {"Accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
+    basic = {
+        "Authorization": "Basic "
+        + b64encode(mine["Authorization"].replace("Bearer ", "me:").encode()).decode()
+    }
+
+    page = asking(browser | basic)
+    refused = api.get(f"/v1/statements/{THIS:%Y-%m}", headers=browser)
+
+    assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert page.headers["vary"] == asking(mine).headers["vary"] == "Accept"
+    assert asking(browser | mine, format="csv").headers["content-type"] == "text/csv; charset=utf-8"
+    assert asking(mine | {"Accept": "*/*"}).json()["account"] == "acme"
+    assert refused.status_code == 401
+    assert refused.headers["www-authenticate"].startswith("Basic realm=")
+    assert api.get("/v1/statements").headers["www-authenticate"].startswith("Bearer")
 
 
 def test_the_schema_names_every_answer(api: TestClient) -> None:

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from farm import events, jobs, queue, sweep, tokens
+from farm import events, jobs, queue, submissions, sweep, tokens
 from farm.db import transaction
 from farm.embedded.process import free_port
 from farm.errors import BrokerAway
@@ -214,7 +214,9 @@ def test_old_idempotency_keys_and_silent_workers_are_forgotten(books: str) -> No
     caller = account()
     for key in ("old", "new"):
         with transaction() as db:
-            jobs.submit(db, caller, submission(), idempotency_key=key, body_sha256=b"0" * 32, models=CATALOG)
+            submissions.submit(
+                db, caller, submission(), idempotency_key=key, body_sha256=b"0" * 32, models=CATALOG
+            )
     ask("UPDATE idempotency_keys SET created_at = now() - interval '49 hours' WHERE key = 'old'")
     add_worker("silent", "alpha")
     add_worker("here", "alpha")

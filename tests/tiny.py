@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -35,8 +38,9 @@ from transformers import (
 from farm.catalog import BUILTIN, Model, read
 from farm.errors import RenderFailed
 from farm.spec import Format, Spec
-from workers.engine import Ask, Pixels, open_engine
+from workers.engine import Ask, Pixels, open_engine, open_step_engine
 from workers.engine.pipe import PipeEngine
+from workers.engine.step.loop import StepLoop
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 WIDTH = 32  # of every text encoder
@@ -44,15 +48,20 @@ PROMPTS = ["x", "a red circle left", "abcd " * 20]  # 1, 14 and 80 (cut to 75) o
 
 
 def tiny_model(path: Path, family: str = "sd", **changes: Any) -> Model:
-    """Save a tiny checkpoint of a family (sd, sdxl, sd3, flux1) and return its catalog entry."""
+    """Save a tiny checkpoint of a family (the keys of _SAVE) and return its catalog entry."""
     _SAVE[family](path)
-    entry = next(m for m in read(BUILTIN).values() if m.family == family).model_dump()
+    like = "sd" if family.startswith("pixart") else family.partition("-")[0]
+    entry = next(m for m in read(BUILTIN).values() if m.family == like).model_dump()
+    if family.startswith("pixart"):
+        pipeline = "PixArtSigmaPipeline" if family == "pixart-sigma" else "PixArtAlphaPipeline"
+        changes = {"family": "pixart", "pipeline": pipeline, "free": (), "takes": (), **changes}
     tiny = {
         "name": f"tiny-{family}",
         "source": f"dir:{path}",
         "revision": "tiny",
         "dtype": "float32",
         "side": {"min": 16, "max": 256, "multiple": 16, "default": 32},
+        "sizes": (),
         "guidance": {"min": 0.0, "max": 30.0, "default": 4.0},
         "pack": {"frames": 8, "pixels": 8 * 64 * 64},
     }
@@ -69,6 +78,14 @@ def tiny_engine(family: str) -> PipeEngine:
 def open_tiny(model: Model) -> PipeEngine:
     engine = open_engine(model, device="cpu")
     assert isinstance(engine, PipeEngine)
+    return engine
+
+
+def tiny_steps(path: Path, family: str, **changes: Any) -> StepLoop:
+    """Save a tiny checkpoint and open it to go step by step."""
+    step = {"engine": "step", "packs_by": "shape", "free": ()}
+    engine = open_step_engine(tiny_model(path, family, **{**step, **changes}), device="cpu")
+    assert isinstance(engine, StepLoop)
     return engine
 
 
@@ -110,7 +127,7 @@ def levels_apart(one: Pixels, other: Pixels) -> int:
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
-def tiny_sd(path: Path, **unet: Any) -> Path:
+def tiny_sd(path: Path, *, prediction: str = "epsilon", **unet: Any) -> Path:
     torch.manual_seed(0)
     return _save(
         StableDiffusionPipeline(
@@ -118,7 +135,7 @@ def tiny_sd(path: Path, **unet: Any) -> Path:
             vae=_vae(4),
             text_encoder=_clip(CLIPTextModel),
             tokenizer=_clip_tokenizer(),
-            scheduler=DPMSolverMultistepScheduler(**NOISE),
+            scheduler=DPMSolverMultistepScheduler(**NOISE, prediction_type=prediction),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -150,31 +167,32 @@ def tiny_sdxl(path: Path, **unet: Any) -> Path:
     )
 
 
-def tiny_sd3(path: Path) -> Path:
+def tiny_sd3(path: Path, *, channels: int = 4, shifted: bool = False, **changes: Any) -> Path:
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=32,
         patch_size=1,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=4,
         joint_attention_dim=2 * WIDTH,  # both CLIPs side by side, and as wide as T5
         caption_projection_dim=32,
         pooled_projection_dim=2 * WIDTH,
+        **changes,
     )
     return _save(
         StableDiffusion3Pipeline(
             transformer=transformer,
-            vae=_vae(4, shift_factor=0.06),
+            vae=_vae(channels, shift_factor=0.06),
             text_encoder=_clip(CLIPTextModelWithProjection),
             text_encoder_2=_clip(CLIPTextModelWithProjection),
             text_encoder_3=_t5(2 * WIDTH),
             tokenizer=_clip_tokenizer(),
             tokenizer_2=_clip_tokenizer(),
             tokenizer_3=_t5_tokenizer(),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=shifted),
         ),
         path,
     )
@@ -208,11 +226,48 @@ def tiny_flux(path: Path, *, guidance_embeds: bool = True) -> Path:
     )
 
 
+def tiny_pixart(path: Path, *, sigma: bool = False, sample_size: int = 8) -> Path:
+    """sample_size 32, 64 and 128 map what is asked for to trained sizes, and 128 tells Alpha its size."""
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        sample_size=sample_size,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        in_channels=4,
+        out_channels=8,  # the other half is a variance
+        cross_attention_dim=32,
+        caption_channels=WIDTH,
+        norm_num_groups=8,
+    )
+    pipeline = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
+    return _save(
+        pipeline(
+            transformer=transformer.eval(),
+            vae=_vae(4),
+            text_encoder=_t5(WIDTH),
+            tokenizer=_t5_tokenizer(),
+            scheduler=DPMSolverMultistepScheduler(**NOISE),
+        ),
+        path,
+    )
+
+
 _SAVE: dict[str, Callable[[Path], Path]] = {
     "sd": tiny_sd,
+    "sd-v": partial(tiny_sd, prediction="v_prediction"),
+    "sd-lcm": partial(tiny_sd, time_cond_proj_dim=16),
     "sdxl": tiny_sdxl,
+    "sdxl-lcm": partial(tiny_sdxl, time_cond_proj_dim=16),
     "sd3": tiny_sd3,
+    "sd3-35": partial(tiny_sd3, qk_norm="rms_norm", dual_attention_layers=(0,)),
+    "sd3-shifted": partial(tiny_sd3, shifted=True),
     "flux1": tiny_flux,
+    "flux1-schnell": partial(tiny_flux, guidance_embeds=False),
+    "pixart": tiny_pixart,
+    "pixart-binned": partial(tiny_pixart, sample_size=32),
+    "pixart-sigma": partial(tiny_pixart, sigma=True),
 }
 
 

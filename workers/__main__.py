@@ -16,7 +16,7 @@ import time
 from types import FrameType
 
 from farm.catalog import catalog
-from farm.errors import FarmError
+from farm.errors import FarmError, Misconfigured
 from farm.settings import settings
 from farm.storage.check import at_start
 
@@ -33,8 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(processName)s %(name)s: %(message)s"
     )
     try:
-        catalog().pool(options.pool)
-        devices = [f"gpu{g}" for g in options.gpus] or [f"cpu{k}" for k in range(options.cpus)]
+        each = max(model.devices for model in catalog().pool(options.pool))
+        devices = _groups(options.gpus, each) or [f"cpu{k}" for k in range(options.cpus)]
         if options.device:
             devices = [options.device]
         if len(devices) > 1:
@@ -72,9 +72,26 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
+def _groups(gpus: list[int], each: int) -> list[str]:
+    """Devices of this many GPUs: gpu0, or gpu0+1 where a model needs two to hold it.
+
+    Raises Misconfigured if the GPUs cannot be shared out so.
+    """
+    if len(gpus) % each:
+        raise Misconfigured(
+            f"--gpus names {len(gpus)}: a model of this pool takes {each}, allowed are multiples of that"
+        )
+    return ["gpu" + "+".join(map(str, gpus[k : k + each])) for k in range(0, len(gpus), each)]
+
+
+def _visible(device: str) -> str:
+    """What CUDA_VISIBLE_DEVICES says for a device: nothing for a CPU."""
+    return device.removeprefix("gpu").replace("+", ",") if device.startswith("gpu") else ""
+
+
 def _run_node(pool: str, device: str) -> int:
     # before torch is imported anywhere below
-    os.environ["CUDA_VISIBLE_DEVICES"] = device.removeprefix("gpu") if device.startswith("gpu") else ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = _visible(device)
     os.environ["OMP_NUM_THREADS"] = "1"
     at_start(settings().storage_url.get_secret_value())  # one that changes bytes gets none of ours
     from workers.node import Node

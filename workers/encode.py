@@ -5,6 +5,7 @@ Runs on CPU threads beside the GPU; Pillow releases the GIL while it compresses.
 """
 
 import hashlib
+import json
 import re
 import zlib
 from collections.abc import Mapping
@@ -21,17 +22,22 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo, iTXt
 
 from farm.catalog import Model
-from farm.spec import Format, Spec
+from farm.spec import SOMETIMES, Format, Spec
 
 # CPU time and size of one 1024² photo-like image, 2 cores, Pillow 13.0, zlib 1.2.13, 2026:
 #   PNG   level 6          125 ms  2267 KiB     level 1  101 ms  2337 KiB
 #         Z_RLE             66 ms  2266 KiB     filtered rows have runs, not matches: searching finds nothing
-#   WebP  90, method 4     124 ms   445 KiB     method 2  67 ms   442 KiB
+#   WebP  90, method 4     124 ms   445 KiB     method 2  67 ms   442 KiB; lossless is the default: pixels stay pixels
 #   JPEG  92                 4 ms   509 KiB
 _SAVE: dict[Format, dict[str, Any]] = {
     Format.PNG: {"format": "PNG", "compress_type": zlib.Z_RLE},
-    Format.WEBP: {"format": "WEBP", "quality": 90, "method": 2},
+    # lossless, it takes quality for effort
+    Format.WEBP: {"format": "WEBP", "lossless": True, "quality": 0, "method": 1},
     Format.JPEG: {"format": "JPEG", "quality": 92},
+}
+_WITH_QUALITY: dict[Format, dict[str, Any]] = {
+    Format.WEBP: {"format": "WEBP", "method": 2},
+    Format.JPEG: {"format": "JPEG"},
 }
 _NAMESPACE = "https://image-farm.invalid/1/"
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
@@ -39,10 +45,18 @@ _NOT_XML = re.compile(r"[\\\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]"
 _ESCAPED = re.compile(r"\\([0-9a-f]{4})")
 
 
-def encode(pixels: NDArray[np.uint8], fmt: Format, metadata: Mapping[str, str]) -> bytes:
-    """Encode RGB pixels, shape (height, width, 3), with metadata inside. Keys are ASCII names."""
+def encode(
+    pixels: NDArray[np.uint8], fmt: Format, metadata: Mapping[str, str], *, quality: int | None = None
+) -> bytes:
+    """Encode RGB pixels, shape (height, width, 3), with metadata inside. Keys are ASCII names.
+
+    quality: of JPEG, and of WebP, which is lossless without; PNG has none.
+    """
     out = BytesIO()
-    Image.fromarray(pixels).save(out, **_SAVE[fmt], **_embedded(fmt, metadata))
+    how = _SAVE[fmt]
+    if quality is not None and fmt in _WITH_QUALITY:
+        how = {**_WITH_QUALITY[fmt], "quality": quality}
+    Image.fromarray(pixels).save(out, **how, **_embedded(fmt, metadata))
     return out.getvalue()
 
 
@@ -66,7 +80,7 @@ def provenance(spec: Spec, seed: int, model: Model, *, prompt: bool = False) -> 
     facts = {
         "model": model.name,
         "revision": model.revision,
-        "dtype": model.dtype,
+        "dtype": model.precision,
         "width": str(spec.width),
         "height": str(spec.height),
         "steps": str(spec.steps),
@@ -74,10 +88,20 @@ def provenance(spec: Spec, seed: int, model: Model, *, prompt: bool = False) -> 
         "sampler": spec.sampler,
         "seed": str(seed),
         "engine": engine_version(),
+        **_made_from(spec),
     }
     if prompt:
         facts |= {"prompt": spec.prompt, "negative_prompt": spec.negative_prompt}
     return facts
+
+
+def _made_from(spec: Spec) -> dict[str, str]:
+    """What a spec asks for beside text: files by their hashes."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in spec.to_json().items()
+        if name in SOMETIMES and name != "quality"
+    }
 
 
 @cache
@@ -99,7 +123,7 @@ def engine_version() -> str:
 
 def engine_of(model: Model) -> dict[str, str]:
     """What renders a model here: versions, and which checkpoint. A pack keeps it."""
-    return {**versions(), "revision": model.revision, "dtype": model.dtype}
+    return {**versions(), "revision": model.revision, "dtype": model.precision}
 
 
 def _embedded(fmt: Format, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -8,11 +8,13 @@ import gc
 import os
 import platform
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from farm.catalog import Model
 from farm.spec import Spec, shape_key
 
+PROBE_OFF = 0.01  # relative: TF32 is off by 0.001
 GROW_AFTER = 20  # full packs in a row before one more frame is tried
 
 
@@ -38,9 +40,64 @@ def describe() -> Device:
 
     if device() == "cuda":
         facts: Any = torch.cuda.get_device_properties(0)
-        return Device("cuda", facts.name, facts.total_memory)
+        return Device("cuda", facts.name, facts.total_memory * torch.cuda.device_count())
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device("cpu", platform.processor() or platform.machine(), memory_bytes)
+
+
+def memory_bytes() -> int:
+    """How much memory this process's device has."""
+    return describe().memory_bytes
+
+
+def held_bytes() -> int:
+    """What this process holds of its device's memory now; on a CPU, of the machine's."""
+    import torch
+
+    if device() == "cuda":
+        return int(torch.cuda.memory_reserved())
+    return _of_status("VmRSS")
+
+
+def forget_peak() -> None:
+    """Start anew with what peak_bytes() says."""
+    import torch
+
+    gc.collect()
+    if device() == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # of proc(5): resets VmHWM
+
+
+def peak_bytes() -> int:
+    """The most this process held since forget_peak()."""
+    import torch
+
+    if device() == "cuda":
+        return int(torch.cuda.max_memory_reserved())
+    return _of_status("VmHWM")
+
+
+def _of_status(name: str) -> int:
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{name}:")]
+    return int(line.split()[1]) << 10
+
+
+def probe() -> str:
+    """Say what is wrong with this process's device; "" if it computes right. Milliseconds."""
+    import torch
+
+    try:
+        generator = torch.Generator("cpu").manual_seed(0)
+        one, other = (torch.randn(256, 256, generator=generator) for _ in range(2))
+        expected = one.double() @ other.double()
+        made = (one.to(device()) @ other.to(device())).double().cpu()
+    except (RuntimeError, MemoryError) as e:
+        return f"it computes nothing: {str(e).partition(chr(10))[0]}"
+    off = float((made - expected).abs().max() / expected.abs().max())
+    return "" if off <= PROBE_OFF else f"it computes wrong: a product is off by {off:.2g}"
 
 
 def limit_threads() -> None:
@@ -109,4 +166,4 @@ class Capacity:
 
 
 def _catalog_frames(spec: Spec, model: Model) -> int:
-    return max(1, min(model.pack.frames, model.pack.pixels // (spec.width * spec.height)))
+    return max(1, min(model.pack.frames, model.pack.pixels // spec.largest_pixels))

@@ -3,21 +3,26 @@
 import logging
 import threading
 import time
+from collections.abc import Callable, Mapping
 from uuid import UUID
 
 from farm import queue
 from farm.db import transaction
 from farm.errors import FarmError
+from farm.queue import Extended
 from farm.settings import settings
 
 log = logging.getLogger(__name__)
+
+LOOK_S = 1.0  # how long a cancellation may take to be heard of
 
 
 class Leases:
     """The packs a worker has in hand, extended once per lease/3 by a thread of its own.
 
     A pack that makes no progress is not extended: the sweep gives its frames to another worker. What the
-    database answers is kept here for the render loop to ask: lost, cancelled, drain.
+    database answers is kept here for the render loop to ask: lost, cancelled, drain. Between two extensions it is
+    asked for that alone.
     """
 
     def __init__(self, worker: str) -> None:
@@ -27,6 +32,8 @@ class Leases:
         self._held: dict[int, float] = {}  # pack id → monotonic time until which it counts as making progress
         self._lost: set[int] = set()
         self._cancelled: dict[int, frozenset[UUID]] = {}
+        self._priorities: Mapping[UUID, int] = {}
+        self.heard = 0  # how often there was something to hear
         self._stop = threading.Event()
         self.drain = threading.Event()
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
@@ -64,21 +71,31 @@ class Leases:
         with self._lock:
             return self._cancelled.get(pack_id, frozenset())
 
+    def priorities(self) -> Mapping[UUID, int]:
+        """How urgent the frames in hand were when the database was asked last."""
+        return self._priorities
+
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._stop.wait(settings().lease_s / 3):
+        every_s = settings().lease_s / 3
+        extended = time.monotonic()
+        while not self._stop.wait(min(LOOK_S, every_s)):
+            now = time.monotonic()
+            due = now - extended >= 0.9 * every_s
             with self._lock:
-                moving = [p for p, until in self._held.items() if time.monotonic() < until]
+                moving = [p for p, until in self._held.items() if now < until]
+            if due:
+                extended = now
             if moving:
-                self._extend(moving)
+                self._ask(moving, queue.extend if due else queue.look)
 
-    def _extend(self, moving: list[int]) -> None:
+    def _ask(self, moving: list[int], ask: Callable[..., Extended]) -> None:
         try:
             with transaction() as db:
-                answer = queue.extend(db, worker=self._worker, packs=moving)
+                answer = ask(db, worker=self._worker, packs=moving)
         except FarmError as e:
             log.warning("could not extend the leases of packs %s: %s", moving, e)
             return
@@ -87,9 +104,13 @@ class Leases:
             return
         with self._lock:
             for pack in moving:
+                if pack not in self._held:
+                    continue
                 if pack in answer.packs:
                     self._cancelled[pack] = answer.packs[pack]
-                elif pack in self._held:
+                else:
                     self._lost.add(pack)
+        self._priorities = answer.priorities or self._priorities
+        self.heard += 1
         if answer.drain:
             self.drain.set()

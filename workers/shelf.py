@@ -10,6 +10,7 @@ import logging
 import queue as queues
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from farm.catalog import Model
 from farm.errors import Away, RenderFailed
 from farm.queue import ClaimedFrame, ClaimedPack, Settled, StoredFrame
 from farm.settings import settings
-from farm.spec import CONTENT_TYPE
+from farm.spec import CONTENT_TYPE, PRIORITIES, Priority
 from farm.storage import Store, image_key
 from workers.books import book
 from workers.encode import encode, pixel_hash, provenance
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 ENCODERS = 2
+URGENT = PRIORITIES[Priority.URGENT]
 
 
 class GaveUp(Exception):
@@ -42,10 +44,9 @@ class GaveUp(Exception):
 
 @dataclass(slots=True)
 class _Open:
-    """A rendered pack whose frames are on their way."""
+    """Rendered frames of a pack, on their way."""
 
     pack: ClaimedPack
-    gpu_ms: int
     left: int  # not yet booked
     stored: int = 0
 
@@ -70,7 +71,8 @@ def settle_revived(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mappin
     settled = queue.settle(db, [s for s in stored if s.key not in revived.refused], gpu_ms=gpu_ms)
     retention.bury(db, revived.images)  # those of frames that the fence left out
     if back := [s for s in stored if s.key in revived.refused]:
-        queue.release(db, sorted({s.pack_id for s in back}), frames=[s.frame_id for s in back])
+        packs = sorted({s.pack_id for s in back})
+        queue.release(db, packs, frames=[s.frame_id for s in back], gpu_ms=gpu_ms)
     return settled
 
 
@@ -87,7 +89,8 @@ class Shelf:
         self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._stored: queues.SimpleQueue[tuple[_Open, StoredFrame | None]] = queues.SimpleQueue()
         self._room = threading.Condition()
-        self._open = 0
+        self._open: Counter[int] = Counter()  # pack id → how often it was put here and is not booked yet
+        self._gpu_ms: dict[int, int] = {}  # of the packs in _open
         self.done = 0
         threading.Thread(target=self._settle_all, name="settle", daemon=True).start()
 
@@ -100,25 +103,36 @@ class Shelf:
         *,
         gpu_ms: int,
     ) -> None:
-        """Take over rendered frames; returns at once."""
+        """Take over rendered frames; returns at once. gpu_ms: what their pack took on the device so far."""
         good = [(f, r) for f, r in zip(frames, results, strict=True) if not isinstance(r, RenderFailed)]
         bad = [(f, r) for f, r in zip(frames, results, strict=True) if isinstance(r, RenderFailed)]
-        entry = _Open(pack, gpu_ms, len(good))
+        entry = _Open(pack, len(good) + bool(bad))
+        if not frames:
+            return
         self._leases.hold(pack.id)
         with self._room:
-            self._open += 1
-        for reason in sorted({str(r) for _, r in bad}):
-            named = [f.id for f, r in bad if str(r) == reason]
-            self._fail(pack.id, reason, named)
-        if not good:
-            self._close(entry)
+            self._open[pack.id] += 1
+            self._gpu_ms[pack.id] = gpu_ms
+        if bad:
+            self._encoders.submit(self._fail_some, entry, bad)
         for frame, pixels in good:
             self._encoders.submit(self._store_one, entry, model, frame, pixels)
 
-    def wait_for_room(self, packs: int) -> None:
-        """Wait until fewer packs than this are on their way."""
+    def note_time(self, pack_id: int, gpu_ms: int) -> None:
+        """Note what a pack took on the device since it was put here: others of its frames did not get this far."""
         with self._room:
-            self._room.wait_for(lambda: self._open < packs)
+            if pack_id in self._gpu_ms:
+                self._gpu_ms[pack_id] = gpu_ms
+
+    def wait_for_room(self, packs: int) -> None:
+        """Wait until packs were put here fewer times than this and are still on their way."""
+        with self._room:
+            self._room.wait_for(lambda: self._open.total() < packs)
+
+    def is_full(self, packs: int) -> bool:
+        """Whether wait_for_room() would wait."""
+        with self._room:
+            return self._open.total() >= packs
 
     def drain(self) -> None:
         """Wait until every pack is booked or given back."""
@@ -129,16 +143,32 @@ class Shelf:
         try:
             stored = self._encode_and_put(entry, model, frame, pixels)
         except GaveUp:
-            book(lambda db: queue.release(db, [entry.pack.id], frames=[frame.id]), give_up=self._quit)
+            took = self._took(entry.pack.id)
+            book(
+                lambda db: queue.release(db, [entry.pack.id], frames=[frame.id], gpu_ms=took),
+                give_up=self._quit,
+            )
         except Exception as e:
             log.exception("frame %s could not be stored", frame.id)
             self._fail(entry.pack.id, f"the image could not be stored: {type(e).__name__}: {e}", [frame.id])
         finally:  # whatever happened: a burst waits until its packs are off the shelf
             self._stored.put((entry, stored))
 
+    def _fail_some(self, entry: _Open, bad: Sequence[tuple[ClaimedFrame, RenderFailed]]) -> None:
+        try:
+            for reason in sorted({str(r) for _, r in bad}):
+                self._fail(entry.pack.id, reason, [f.id for f, r in bad if str(r) == reason])
+        except Exception:
+            log.exception("frames could not be failed; their lease runs out")
+        finally:
+            self._stored.put((entry, None))
+
     def _encode_and_put(self, entry: _Open, model: Model, frame: ClaimedFrame, pixels: Pixels) -> StoredFrame:
         data = encode(
-            pixels, frame.spec.format, provenance(frame.spec, frame.seed, model, prompt=frame.prompt)
+            pixels,
+            frame.spec.format,
+            provenance(frame.spec, frame.seed, model, prompt=frame.prompt),
+            quality=frame.spec.quality,
         )
         sha256 = hashlib.sha256(data).digest()
         key = image_key(frame.account_id, sha256, frame.spec.format)
@@ -169,14 +199,24 @@ class Shelf:
         )
 
     def _fail(self, pack_id: int, reason: str, frames: Sequence[UUID]) -> None:
-        book(lambda db: queue.fail(db, pack_id, reason, frames=frames), give_up=self._quit)
+        took = self._took(pack_id)
+        book(lambda db: queue.fail(db, pack_id, reason, frames=frames, gpu_ms=took), give_up=self._quit)
+
+    def _took(self, pack_id: int) -> dict[int, int]:
+        """What a pack took on the device: written down if these were its last frames."""
+        with self._room:
+            return {pack_id: self._gpu_ms[pack_id]}
 
     def _settle_all(self) -> None:
-        """Settle what was stored since the last time: 16 frames at most, or what 200 ms brought."""
+        """Settle what was stored since the last time: 16 frames or what 200 ms brought; an urgent one at once."""
         while True:
             batch = [self._stored.get()]
             until = time.monotonic() + settings().settle_ms / 1000
-            while len(batch) < settings().settle_frames and not self._is_last(batch):
+            while (
+                len(batch) < settings().settle_frames
+                and not self._is_last(batch)
+                and not _is_urgent(batch[-1])
+            ):
                 try:
                     batch.append(self._stored.get(timeout=max(0.0, until - time.monotonic())))
                 except queues.Empty:
@@ -193,15 +233,16 @@ class Shelf:
     def _is_last(self, batch: Sequence[tuple[_Open, StoredFrame | None]]) -> bool:
         """Nothing else is on its way: waiting for more would only delay these."""
         with self._room:
-            open_packs = self._open
+            entries_open = self._open.total()
         entries = {id(e): e for e, _ in batch}
-        return open_packs == len(entries) and sum(e.left for e in entries.values()) == len(batch)
+        return entries_open == len(entries) and sum(e.left for e in entries.values()) == len(batch)
 
     def _settle(self, batch: Sequence[tuple[_Open, StoredFrame | None]]) -> None:
         stored = [s for _, s in batch if s is not None]
         if not stored:
             return
-        gpu_ms = {e.pack.id: e.gpu_ms for e, _ in batch}
+        with self._room:
+            gpu_ms = {e.pack.id: self._gpu_ms[e.pack.id] for e, _ in batch}
         for pack_id in gpu_ms:
             self._leases.progress(pack_id)
         self._reached("before commit")
@@ -221,6 +262,14 @@ class Shelf:
 
     def _close(self, entry: _Open) -> None:
         self._leases.drop(entry.pack.id)
+        pack = entry.pack.id
         with self._room:
-            self._open -= 1
+            self._open[pack] -= 1
+            if not self._open[pack]:
+                del self._open[pack], self._gpu_ms[pack]
             self._room.notify_all()
+
+
+def _is_urgent(item: tuple[_Open, StoredFrame | None]) -> bool:
+    """Whether somebody waits for it: then more company is not worth the time."""
+    return item[0].pack.priority >= URGENT

@@ -5,7 +5,6 @@ from uuid import UUID
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from farm import accounts, answers, ids, retention
@@ -15,7 +14,7 @@ from farm.api.bodies import Body, described, read
 from farm.api.params import AccountName, KeyId
 from farm.api.problems import documented
 from farm.db import transaction
-from farm.errors import Conflict, NotFound
+from farm.errors import NotFound
 from farm.tables import Account, ApiKey
 
 router = APIRouter(prefix="/v1", tags=["accounts"])
@@ -87,13 +86,8 @@ def list_accounts(caller: Admin) -> answers.Accounts:
 def add_account(caller: Admin, body: Body) -> answers.Account:
     """Add an account."""
     new = read(NewAccount, body)
-    try:
-        with transaction() as db:
-            account = accounts.create(db, new.name, currency=new.currency, weight=new.weight)
-            db.refresh(account)
-            return _account(account)
-    except IntegrityError:  # another request was faster
-        raise Conflict("an account of this name exists", name=new.name) from None
+    with transaction() as db:
+        return _account(accounts.create(db, new.name, currency=new.currency, weight=new.weight))
 
 
 @router.patch(

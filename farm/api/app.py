@@ -21,6 +21,7 @@ from farm.api import (
     frames,
     health,
     images,
+    inputs,
     jobs,
     margin,
     metrics,
@@ -37,9 +38,9 @@ from farm.api import (
 from farm.api.observed import Observed
 from farm.api.progress import Progress
 from farm.errors import FarmError
-from farm.jobs import Submission
 from farm.settings import settings
 from farm.storage.check import at_start
+from farm.submissions import Submission
 
 BODIES = (
     Submission,
@@ -59,6 +60,7 @@ ROUTERS = (
     frames.router,
     provenance.router,
     images.router,
+    inputs.router,
     usage.router,
     statements.router,
     margin.router,
@@ -83,6 +85,7 @@ Amounts are text with all their digits. Times are UTC. Every error is `applicati
 TAGS = [
     {"name": "jobs", "description": "One submission: one or many frames, one priority."},
     {"name": "frames", "description": "One image of a job, one seed."},
+    {"name": "inputs", "description": "Images to start frames from: init images, masks, control images."},
     {"name": "usage", "description": "What was used and what it cost."},
     {"name": "prices", "description": "What a unit costs, since when and until when."},
     {"name": "budgets", "description": "What may be spent, and what of it is gone."},

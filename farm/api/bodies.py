@@ -18,14 +18,22 @@ async def raw(request: Request) -> bytes:
 
     Raises TooLarge as soon as that is known.
     """
+    return await limited(request, MAX_BODY_BYTES)
+
+
+async def limited(request: Request, most_bytes: int) -> bytes:
+    """The body as it came.
+
+    Raises TooLarge as soon as that is known.
+    """
     length = request.headers.get("content-length", "")
-    if length.isdigit() and len(length) < 19 and int(length) > MAX_BODY_BYTES:
-        raise TooLarge(f"allowed are {MAX_BODY_BYTES} bytes", allowed_bytes=MAX_BODY_BYTES)
+    if length.isdigit() and len(length) < 19 and int(length) > most_bytes:
+        raise TooLarge(f"allowed are {most_bytes} bytes", allowed_bytes=most_bytes)
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise TooLarge(f"allowed are {MAX_BODY_BYTES} bytes", allowed_bytes=MAX_BODY_BYTES)
+        if size > most_bytes:
+            raise TooLarge(f"allowed are {most_bytes} bytes", allowed_bytes=most_bytes)
         parts.append(part)
     return b"".join(parts)
 

@@ -61,7 +61,7 @@ def show_budget(caller: Reader, account: OfAccount = None) -> answers.Budgets:
     """The account's budgets, and what of them is gone; of keys' own budgets the caller's, an admin sees all."""
     with transaction() as db:
         owner = named(db, caller, account)
-        return _budgets(db, owner, key=None if caller.role is Role.ADMIN else caller.key_id)
+        return shown(db, owner, key=None if caller.role is Role.ADMIN else caller.key_id)
 
 
 @router.put("/budget", tags=["admin"], responses=documented(403, 404, 413, 422),
@@ -70,16 +70,7 @@ def set_budget(caller: Admin, body: Body) -> answers.Budgets:
     """Set one budget of an account or of one of its keys, or take it away. What was admitted stays."""
     wanted = read(WantedBudget, body)
     with transaction() as db:
-        owner = named(db, caller, wanted.account)
-        budgets.put(
-            db,
-            owner,
-            wanted.limit,
-            period=wanted.period,
-            key=None if wanted.key is None else _key(wanted.key),
-            thresholds=[budgets.Threshold(t.percent, t.action) for t in wanted.thresholds],
-        )
-        return _budgets(db, owner, key=None)
+        return put(db, wanted, named(db, caller, wanted.account))
 
 
 @router.get("/events", tags=["jobs"], responses=documented(422))
@@ -105,14 +96,28 @@ def list_account_events(
     return answers.Events(events=page, next=page[-1].number if page else after)
 
 
-def _key(shown: str) -> UUID:
+def put(db: Session, wanted: WantedBudget, owner: Account) -> answers.Budgets:
+    """Set or take away what was asked for, of the account it names; the account's budgets as they are then."""
+    budgets.put(
+        db,
+        owner,
+        wanted.limit,
+        period=wanted.period,
+        key=None if wanted.key is None else _key(wanted.key),
+        thresholds=[budgets.Threshold(t.percent, t.action) for t in wanted.thresholds],
+    )
+    return shown(db, owner, key=None)
+
+
+def _key(text: str) -> UUID:
     try:
-        return ids.parse("key", shown)
+        return ids.parse("key", text)
     except NotFound:
-        raise Invalid([Fault("key", shown, "it must be an API key's id, as key_…")]) from None
+        raise Invalid([Fault("key", text, "it must be an API key's id, as key_…")]) from None
 
 
-def _budgets(db: Session, account: Account, *, key: UUID | None) -> answers.Budgets:
+def shown(db: Session, account: Account, *, key: UUID | None) -> answers.Budgets:
+    """An account's budgets; key: without those of other keys."""
     return answers.Budgets(
         account=account.name, budgets=[_shown(use) for use in budgets.every(db, account.id, key=key)]
     )

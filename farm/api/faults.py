@@ -59,6 +59,9 @@ def _by_field(loc: Sequence[int | str]) -> str | None:
         "prompt": f"allowed are 1 to {MAX_PROMPT} characters, none of them NUL",
         "negative_prompt": f"allowed are up to {MAX_PROMPT} characters, none of them NUL",
         "name": "allowed are 1 to 200 characters, none of them NUL",
+        "strength": "allowed are more than 0, up to 1",
+        "quality": "allowed are 1 to 100",
+        "factor": "allowed are more than 1, up to 4",
     }.get(str(loc[-1]) if loc else "")
 
 

@@ -113,6 +113,27 @@ def show_image(
     return Response(data, media_type=shown.content_type(image), headers=headers)
 
 
+@router.get(
+    "/jobs/{job}/frames/{index}/preview",
+    response_class=Response,
+    responses={
+        200: {"description": "a small JPEG", "content": {"image/jpeg": BYTES}},
+        **documented(404, 422),
+    },
+)
+def show_preview(caller: Reader, job: JobId, index: Index, request: Request) -> Response:
+    """What a frame looks like while it is rendered; 404 while there is nothing to see.
+
+    Workers make previews once somebody asks for them, one a second: ask again.
+    """
+    with transaction() as db:
+        row = jobs.find_frame(db, caller.account_id, ids.frame_id(job_id(job), index))
+    picture = request.app.state.progress.preview(row.job_id, row.index, row.pack_id) if row.pack_id else None
+    if picture is None:
+        raise NotFound("there is no preview of this frame now", job=job, index=index)
+    return Response(picture, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
+
+
 @router.get("/jobs/{job}/frames/{index}/image-url", responses=documented(404, 409, 410, 422))
 def show_image_url(
     caller: Reader, job: JobId, index: Index, request: Request, response: Response

@@ -6,21 +6,23 @@ from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from farm import answers, events, ids, jobs, tokens
+from farm import answers, events, ids, jobs, submissions, tokens
 from farm.accounts import Caller
 from farm.api import shown
 from farm.api.auth import Reader, Submitter
 from farm.api.bodies import Body, described, read
+from farm.api.inputs import taken
 from farm.api.params import MAX_BIGINT, IdempotencyHeader, JobId, checked_key, job_id
 from farm.api.problems import documented
 from farm.api.shown import Around
 from farm.db import transaction
 from farm.errors import Fault, Invalid, NotFound
-from farm.jobs import Submission
 from farm.spec import PriorityNumber
+from farm.submissions import Submission
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -55,7 +57,7 @@ EXAMPLES = (
     },
     openapi_extra=described(Submission, *EXAMPLES),
 )
-def submit_job(
+async def submit_job(
     caller: Submitter,
     body: Body,
     request: Request,
@@ -64,9 +66,25 @@ def submit_job(
 ) -> answers.Job:
     """Accept a job of one spec or many. It is durable when this answers."""
     key = checked_key(idempotency_key, field="Idempotency-Key")
-    submission = read(Submission, body)
+    # images by URL are waited for holding neither a thread nor a connection
+    submission = await run_in_threadpool(read, Submission, body)
+    submission = await taken(caller, submission, idempotency_key=key)
+    return await run_in_threadpool(
+        _submit, caller, submission, body=body, request=request, response=response, key=key
+    )
+
+
+def _submit(
+    caller: Caller,
+    submission: Submission,
+    *,
+    body: bytes,
+    request: Request,
+    response: Response,
+    key: str | None,
+) -> answers.Job:
     with transaction() as db:
-        made, is_new = jobs.submit(
+        made, is_new = submissions.submit(
             db, caller, submission, idempotency_key=key, body_sha256=hashlib.sha256(body).digest()
         )
     with transaction() as db:  # another one: of an account with a budget the first lets nobody else in

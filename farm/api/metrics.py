@@ -78,9 +78,9 @@ def packs(db: Session) -> list[Metric]:
 def images(db: Session) -> list[Metric]:
     made = CounterMetricFamily("farm_images", "Images delivered and billed", labels=("model",))
     for row in db.execute(
-        text("SELECT model, count(*) AS n FROM usage WHERE entry = 0 GROUP BY 1 ORDER BY 1")
-    ):
-        made.add_metric((row.model,), row.n)
+        text("SELECT model, images FROM delivered ORDER BY model")
+    ):  # the sweep counts them
+        made.add_metric((row.model,), row.images)
     return [made]
 
 
@@ -94,13 +94,27 @@ def workers(db: Session) -> list[Metric]:
     rows = db.execute(
         text(
             "SELECT pool, CASE WHEN seen_at < clock_timestamp() - make_interval(secs => :lost_s) THEN 'gone'"
-            " ELSE state END AS state, count(*) AS n FROM workers GROUP BY 1, 2 ORDER BY 1, 2"
+            " WHEN state = 'up' AND EXISTS (SELECT FROM ailments AS a WHERE a.worker = w.id AND a.model = ''"
+            " AND a.until > clock_timestamp()) THEN 'sick'"
+            " ELSE state END AS state, count(*) AS n FROM workers AS w GROUP BY 1, 2 ORDER BY 1, 2"
         ),
         {"lost_s": settings().worker_lost_s},
     )
     for row in rows:
         known.add_metric((row.pool, row.state), row.n)
-    return [known]
+    aside = GaugeMetricFamily(
+        "farm_models_set_aside",
+        "Workers that do not claim a model for a while, as it failed there",
+        labels=("model",),
+    )
+    for row in db.execute(
+        text(
+            "SELECT model, count(*) AS n FROM ailments WHERE model <> '' AND until > clock_timestamp()"
+            " GROUP BY 1 ORDER BY 1"
+        )
+    ):
+        aside.add_metric((row.model,), row.n)
+    return [known, aside]
 
 
 READINGS = (queue_depth, packs, images, failures, workers)

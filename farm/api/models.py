@@ -1,6 +1,9 @@
 """The models the farm serves."""
 
+from collections import defaultdict
+
 from fastapi import APIRouter
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from farm import answers, catalog, pricing
@@ -9,6 +12,7 @@ from farm.api.auth import Reader
 from farm.api.problems import documented
 from farm.db import transaction
 from farm.errors import Invalid
+from farm.tables import Measurement
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -16,8 +20,26 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 @router.get("", responses=documented())
 def list_models(caller: Reader) -> answers.Models:
     """What may be asked of each model, and what it costs this account."""
+    models = catalog.catalog()
     with transaction() as db:
-        return answers.Models(models=[_model(m, _price(db, caller, m)) for m in catalog.catalog().values()])
+        measured = _measured(db)
+        return answers.Models(
+            models=[_model(m, _price(db, caller, m), measured[_identity(m)]) for m in models.values()]
+        )
+
+
+def _identity(model: catalog.Model) -> tuple[str, str, str]:
+    return model.name, model.revision, model.precision
+
+
+def _measured(db: Session) -> dict[tuple[str, str, str], list[Measurement]]:
+    """What was measured, by model, revision and precision: what it was before an update does not count."""
+    found: dict[tuple[str, str, str], list[Measurement]] = defaultdict(list)
+    for m in db.scalars(
+        select(Measurement).order_by(Measurement.device, Measurement.width, Measurement.height)
+    ):
+        found[m.model, m.revision, m.precision].append(m)
+    return found
 
 
 def _price(db: Session, caller: Caller, model: catalog.Model) -> answers.Price | None:
@@ -34,7 +56,7 @@ def _price(db: Session, caller: Caller, model: catalog.Model) -> answers.Price |
     return answers.Price(method=rate.method, rate=pricing.shown(rate.rate), currency=rate.currency)
 
 
-def _model(model: catalog.Model, price: answers.Price | None) -> answers.Model:
+def _model(model: catalog.Model, price: answers.Price | None, measured: list[Measurement]) -> answers.Model:
     return answers.Model(
         name=model.name,
         title=model.title,
@@ -47,4 +69,23 @@ def _model(model: catalog.Model, price: answers.Price | None) -> answers.Model:
         samplers=list(model.samplers),
         sampler=model.sampler,
         price=price,
+        family=model.family,
+        revision=model.revision,
+        pools=list(model.served_by),
+        sizes=[answers.ModelSize(width=s.width, height=s.height) for s in model.sizes],
+        loras=list(model.loras),
+        controls=list(model.controls),
+        takes=list(model.takes),
+        measured=[
+            answers.Measured(
+                device=m.device,
+                width=m.width,
+                height=m.height,
+                steps=m.steps,
+                seconds=m.seconds,
+                peak_bytes=m.peak_bytes,
+                measured_at=m.measured_at,
+            )
+            for m in measured
+        ],
     )

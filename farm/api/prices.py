@@ -7,6 +7,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session
 
 from farm import answers, catalog, pricing
 from farm.api.accounts import named
@@ -17,6 +18,7 @@ from farm.api.problems import documented
 from farm.catalog import Method
 from farm.db import transaction
 from farm.pricing import DatedPrice
+from farm.tables import Account
 
 router = APIRouter(prefix="/v1/prices", tags=["prices"])
 
@@ -66,7 +68,7 @@ def list_prices(
     with transaction() as db:
         owner = named(db, caller, account)
         found = pricing.every(db, owner.id, currency=owner.currency, model=model, past=past)
-    return answers.Prices(prices=list(_shown(found, {owner.id: owner.name})))
+    return answers.Prices(prices=shown(found, owner))
 
 
 @router.post("", tags=["admin"], status_code=201, responses=documented(403, 404, 413, 422),
@@ -75,30 +77,58 @@ def set_price(caller: Admin, body: Body) -> answers.DatedPrice:
     """Start a price. It is in force until the next one that is planned; what was admitted keeps its own."""
     new = read(NewPrice, body)
     with transaction() as db:
-        account = None if new.account is None else named(db, caller, new.account)
-        made = pricing.set_price(
-            db,
-            catalog.catalog(),
-            account=account,
-            model=new.model,
-            rate=new.rate,
-            method=new.method,
-            currency=new.currency,
-            since=new.since,
-            set_by=caller.key_id,
+        owner = None if new.account is None else named(db, caller, new.account)
+        return start(db, new, owner, set_by=caller.key_id)
+
+
+@router.delete("", tags=["admin"], responses=documented(403, 404, 422))
+def withdraw_price(
+    caller: Admin,
+    *,
+    model: Annotated[str, Query(max_length=63, pattern=r"^[^\x00]*$")],
+    since: Annotated[datetime, AfterValidator(utc), Query(description="the moment it was planned for")],
+    account: Annotated[
+        str | None, Query(max_length=63, description="its name; left out: everybody's price")
+    ] = None,
+    method: Annotated[Method | None, Query(description="reuse, for the price of a reused image")] = None,
+    currency: Annotated[
+        str | None, Query(max_length=3, pattern=r"^[^\x00]*$", description="as when it was set")
+    ] = None,
+) -> answers.DatedPrice:
+    """Take out a price that is planned and not in force yet: the one before it goes on until the next one."""
+    with transaction() as db:
+        owner = None if account is None else named(db, caller, account)
+        gone = pricing.withdraw(
+            db, catalog.catalog(), account=owner, model=model, since=since, method=method, currency=currency
         )
-    (answer,) = _shown([made], {account.id: account.name} if account is not None else {})
-    return answer
+    return shown([gone], owner)[0]
 
 
-def _shown(prices: Iterable[DatedPrice], names: dict[UUID, str]) -> Iterable[answers.DatedPrice]:
-    return (
+def start(db: Session, new: NewPrice, owner: Account | None, *, set_by: UUID | None) -> answers.DatedPrice:
+    """Start the price that was asked for. owner: the account it names."""
+    made = pricing.set_price(
+        db,
+        catalog.catalog(),
+        account=owner,
+        model=new.model,
+        rate=new.rate,
+        method=new.method,
+        currency=new.currency,
+        since=new.since,
+        set_by=set_by,
+    )
+    return shown([made], owner)[0]
+
+
+def shown(prices: Iterable[DatedPrice], owner: Account | None) -> list[answers.DatedPrice]:
+    """Prices of everybody, and of one account at most."""
+    return [
         answers.DatedPrice(
             model=p.model,
             method=p.method,
             currency=p.currency,
             rate=pricing.shown(p.rate),
-            account=None if p.account_id is None else names[p.account_id],
+            account=None if p.account_id is None or owner is None else owner.name,
             version=p.version,
             starts_at=p.starts,
             ends_at=p.ends,
@@ -106,4 +136,4 @@ def _shown(prices: Iterable[DatedPrice], names: dict[UUID, str]) -> Iterable[ans
             set_at=p.set_at,
         )
         for p in prices
-    )
+    ]

@@ -121,12 +121,19 @@ def shortened(value: Any) -> Any:
     return shown
 
 
+# a browser asks its user, and sends what it was told from then on
+BROWSER = 'Basic realm="farm: the API key is the password", charset="UTF-8"'
+
+
 def install(app: FastAPI) -> None:
     """Answer every error of this app in the one form."""
 
     @app.exception_handler(FarmError)
     async def farm_error(request: Request, error: FarmError) -> Response:
-        return of(error, request.state.id)
+        answer = of(error, request.state.id)
+        if isinstance(error, Unauthorized) and request.headers.get("accept", "").startswith("text/html"):
+            answer.headers["WWW-Authenticate"] = BROWSER
+        return answer
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

@@ -13,6 +13,7 @@ from farm.api.shown import Around
 from farm.db import transaction
 from farm.ids import public
 from farm.provenance import Comparison, Origin
+from farm.spec import Spec
 
 router = APIRouter(prefix="/v1", tags=["frames"])
 
@@ -80,7 +81,8 @@ def _shown(origin: Origin, compared: Comparison | None) -> answers.Provenance:
         model=frame.spec["model"],
         revision=engine.get("revision"),
         dtype=engine.get("dtype"),
-        loras=[],
+        loras=[use["sha256"] for use in frame.spec.get("loras", []) if use.get("sha256")],
+        inputs=list(Spec.from_json(frame.spec).inputs),
         spec=frame.spec,
         seed=frame.seed,
         seed_given=frame.seeded,

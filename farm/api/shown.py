@@ -73,6 +73,8 @@ def _job(view: JobView, part: float, around: Around) -> answers.Job:
             done=view.done,
             failed=view.failed,
             cancelled=view.cancelled,
+            waiting=view.waiting,
+            reused=view.reused,
         ),
         progress=round(min(1.0, (ended + part) / view.frames), 6),
         currency=view.currency,

@@ -132,7 +132,7 @@ def _remarks(line: Line) -> str:
 
 def _quantity(line: Line) -> str:
     if line.method != Method.MPX_STEP:
-        return f"{line.quantity:,}"
+        return f"{line.quantity:,}{_under(UNITS.get(line.method, line.method) + 's')}"
     steps = Decimal(line.quantity) * pricing.FACTOR[Method.MPX_STEP]
     return f"{steps:,.3f}{_under('megapixel-steps')}"
 

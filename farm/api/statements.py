@@ -5,7 +5,7 @@ import io
 import time
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Header, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from farm import answers, pricing, statements
@@ -25,6 +25,7 @@ TEXT = {"schema": {"type": "string"}}
 FORMATS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": TEXT, "text/html": TEXT}}}
 HEADERS = {
     "Cache-Control": "private, no-cache",
+    "Vary": "Accept",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'",
     "X-Content-Type-Options": "nosniff",
 }
@@ -61,18 +62,34 @@ def list_statements(caller: Reader, account: OfAccount = None) -> answers.Statem
 def show_statement(
     caller: Reader,
     month: Month,
+    response: Response,
+    *,
     account: OfAccount = None,
-    form: Annotated[Literal["json", "csv", "html"], Query(alias="format")] = "json",
+    form: Annotated[
+        Literal["json", "csv", "html"] | None,
+        Query(alias="format", description="left out: html for a browser, or else json"),
+    ] = None,
+    accept: Annotated[str, Header(include_in_schema=False)] = "",
 ) -> answers.Statement | Response:
-    """A month's statement; while the month is not closed, a draft of it."""
+    """A month's statement; while the month is not closed, a draft of it.
+
+    A browser shows the page: it asks for the API key as the password, whatever the name.
+    """
+    form = form or _preferred(accept)
     wanted = statements.month_of(month)
     with transaction() as db:
         bill = statements.find(db, named(db, caller, account), wanted)
     if form == "json":
+        response.headers["Vary"] = "Accept"
         return _answer(bill)
     text, kind = (_csv(bill), "text/csv") if form == "csv" else (statement_page.html(bill), "text/html")
     headers = {**HEADERS, "Content-Disposition": f'inline; filename="{bill.account}-{month}.{form}"'}
     return Response(text, media_type=f"{kind}; charset=utf-8", headers=headers)
+
+
+def _preferred(accept: str) -> Literal["json", "html"]:
+    """A browser names HTML before anything else."""
+    return "html" if accept.lower().startswith("text/html") else "json"
 
 
 @router.post(

@@ -94,7 +94,7 @@ def export_usage(
     start = _cursor(cursor)
     with transaction() as db:
         owner = named(db, caller, account).id
-    return StreamingResponse(_entries(owner, start, limit), media_type="application/x-ndjson")
+    return StreamingResponse(ndjson(owner, start, limit), media_type="application/x-ndjson")
 
 
 def _cursor(written: str) -> int:
@@ -103,8 +103,8 @@ def _cursor(written: str) -> int:
     raise Invalid([Fault("cursor", written, "it must be a row's cursor, or 0")])
 
 
-def _entries(owner: UUID, cursor: int, limit: int) -> Iterator[str]:
-    """A transaction a page, and none while the client takes it."""
+def ndjson(owner: UUID, cursor: int, limit: int) -> Iterator[str]:
+    """The account's rows after a cursor, some lines at a time. No transaction is open while the client takes them."""
     more = True
     while more and limit > 0:
         with transaction() as db:
@@ -189,10 +189,12 @@ def reverse_charge(caller: Admin, body: Body) -> answers.Reversal:
 
 @router.get("/audit", tags=["admin"], responses=documented(403))
 def audit_books(caller: Admin) -> answers.Audit:
-    """Every fact of the books that is not as it must be; none, if all is well."""
+    """Every fact of the books that is not as it must be; none, if all is well. What is not there is not seen."""
     with transaction() as db:
-        found = ledger.audit(db)
-    return answers.Audit(violations=_violations(found))
+        found, unseen = ledger.audit(db), ledger.unseen(db)
+    return answers.Audit(
+        violations=_violations(found), unseen=[answers.Unseen(what=u.what, detail=u.detail) for u in unseen]
+    )
 
 
 @router.get("/audit/images", tags=["admin"], responses=documented(403, 422))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from farm.cli import admin, books, frames, jobs, money, serve, show, storage
+from farm.cli import admin, books, frames, inputs, jobs, models, money, serve, show, storage
 from farm.cli.session import read_env_file
 from farm.errors import FarmError, Invalid, Unauthorized
 from farm.settings import settings
@@ -22,7 +22,9 @@ app = typer.Typer(
 for group, title in (
     (jobs.app, "Jobs"),
     (frames.app, "Jobs"),
+    (inputs.app, "Jobs"),
     (storage.app, "The store"),
+    (models.app, "Models"),
     (books.app, "The books"),
     (money.app, "Money"),
     (admin.app, "The farm"),

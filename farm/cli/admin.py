@@ -7,7 +7,7 @@ import typer
 from farm.answers import NewKey
 from farm.cli import show
 from farm.cli.offline import Offline
-from farm.cli.session import Json, as_account, as_admin
+from farm.cli.session import Json, as_admin
 from farm.client import Farm
 
 app = typer.Typer()
@@ -23,27 +23,6 @@ IsOffline = Annotated[
 
 def _books(offline: bool) -> Farm | Offline:
     return Offline() if offline else as_admin()
-
-
-@app.command()
-def models(json: Json = False) -> None:
-    """List the models that may be asked for, and what they cost."""
-    with as_account() as farm:
-        listed = farm.models()
-    if json:
-        show.as_json(listed)
-        return
-    show.table(
-        ("model", "title", "pool", "sides", "steps", ">price", "for"),
-        [
-            (m.name, m.title, m.pool, f"{m.side.min}–{m.side.max}, ×{m.side.multiple}",
-             f"{m.steps.min}–{m.steps.max}, {m.steps.default}",
-             f"{m.price.rate} {m.price.currency}" if m.price else None,
-             {"mpx_step": "a megapixel and step", "image": "an image"}[m.price.method] if m.price else "")
-            for m in listed
-        ],
-        empty="the catalog is empty",
-    )  # fmt: skip
 
 
 @app.command()
@@ -63,6 +42,10 @@ def workers(json: Json = False) -> None:
         ],
         empty="no worker has been here: python -m workers --pool starter",
     )  # fmt: skip
+    for w in listed:
+        for a in w.ailments:
+            what = f"no {a.model}" if a.model else "nothing"
+            show.say(f"{w.id} claims {what} until {a.until:%H:%M:%S} UTC: {a.reason}")
 
 
 @app.command()
@@ -73,10 +56,16 @@ def audit(
     offline: IsOffline = False,
     json: Json = False,
 ) -> None:
-    """Check every fact of the books. Exits with 1 if one is not as it must be."""
+    """Check every fact of the books. Exits with 1 if one is not as it must be.
+
+    What was detached is not seen; standard error names it.
+    """
     sample = _sample(images)
     with _books(offline) as books:
-        wrong = books.audit()
+        audited = books.audit()
+        wrong = list(audited.violations)
+        for unseen in audited.unseen:
+            show.complain(f"not seen: {unseen.what}, {unseen.detail}")
         if images is not None:
             checked = 0
             for page in books.audit_images(sample):

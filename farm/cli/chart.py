@@ -21,6 +21,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size * SCALE)
 
 
+NO_POOL = "–"
+
+
 class _Page:
     """A drawing in points; each row goes below the one before."""
 
@@ -95,8 +98,8 @@ def _shares(page: _Page, title: str, shares: Sequence[MarginShare]) -> None:
         page.bar(left, page.y + 2, _part(amount, most, room), 13, REVENUE)
         page.bar(left, page.y + 18, _part(Decimal(share.gpu_s), longest, room), 13, GPU)
         rate = share.per_gpu_hour.get(currency)
-        page.text(WIDTH - MARGIN, page.y, f"{amount:,.2f} {currency}", anchor="ra")
-        took = f"{Decimal(share.gpu_s):,.1f} GPU s" + (f" · {Decimal(rate):,.2f} an hour" if rate else "")
+        page.text(WIDTH - MARGIN, page.y, f"{_money(amount)} {currency}", anchor="ra")
+        took = f"{Decimal(share.gpu_s):,.1f} GPU s" + (f" · {_money(Decimal(rate))} an hour" if rate else "")
         page.text(WIDTH - MARGIN, page.y + 17, took, fill=GREY, anchor="ra")
         page.y += ROW
     if not shares:
@@ -137,5 +140,13 @@ def _part(value: Decimal, most: Decimal, room: int) -> float:
     return max(0.0, float(value / most) * room) if most else 0.0
 
 
+def _money(amount: Decimal) -> str:
+    """To the cent; less than one unit with three digits that say something."""
+    return f"{amount:,.2f}" if amount == 0 or abs(amount) >= 1 else f"{float(amount):.3g}"
+
+
 def _short(name: str) -> str:
-    return name if len(name) <= 24 else name[:23] + "…"
+    """What the built-in font can draw: it has neither a dash, which stands for no pool, nor an ellipsis."""
+    if name == NO_POOL:
+        return "no pool: reused images"
+    return name if len(name) <= 24 else name[:22] + ".."

@@ -140,7 +140,7 @@ def _show(running: Running, farms: dict[Part, Farm], jobs: dict[Part, str]) -> N
     write(results / "sheet.png", stack([farm.sheet(jobs[part]) for part, farm in farms.items()]))
     show.say("\n" + "\n\n".join(bills) + "\n")
     with Farm(running.url, running.admin_key) as admin:
-        wrong = admin.audit()
+        wrong = admin.audit().violations
     show.say(f"audit: {len(wrong)} violations" if wrong else "audit: the books are right")
     show.say(f"images: {results}\nsheet:  {results / 'sheet.png'}\nbill:   {results / 'bill.txt'}")
     missing = sum(job.frames - job.counts.done for job in ended)

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from farm.answers import Frame, Job
 from farm.cli import show
+from farm.cli.inputs import Sender, larger, named
 from farm.cli.money import show_quote
 from farm.cli.session import JobId, Json, as_account, on_job
 from farm.client import Farm
@@ -53,6 +54,38 @@ def submit(
     seed: Annotated[int | None, typer.Option(help="of the first image; the others count up")] = None,
     priority: Annotated[str, typer.Option(help="urgent, standard, bulk, or 0 to 9")] = "standard",
     image_format: Annotated[str | None, typer.Option("--format", help="png, webp or jpeg")] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="1 to 100: of a jpeg; of a webp, lossless without")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="what to start from: a file, an https URL, or inp_… of an upload")
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="how much of the image to change, up to 1")] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="what of the image to paint anew is white in it: file, URL or inp_…")
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="a control net and what it follows, NET=IMAGE[@SCALE]; repeat it for several"),
+    ] = None,
+    sketch: Annotated[
+        bool, typer.Option("--sketch", help="control images are sketches: draw their edges")
+    ] = False,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="a LoRA, NAME[@SCALE]; repeat it for several")
+    ] = None,
+    hires: Annotated[
+        str | None, typer.Option(help="a second pass at WIDTHxHEIGHT", metavar="128x128")
+    ] = None,
+    upscale: Annotated[
+        float | None, typer.Option(help="a second pass so many times as large, up to 4")
+    ] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="layers of the text encoder to leave out")] = None,
+    weights: Annotated[bool, typer.Option("--weights", help="read (red)1.4 and ball++ as weights")] = False,
+    long: Annotated[bool, typer.Option("--long", help="read prompts beyond 77 tokens too")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="bit for bit the same, whatever it is rendered beside")
+    ] = False,
     negative: Annotated[str | None, typer.Option(help="what not to show")] = None,
     name: Annotated[str | None, typer.Option(help="a name for the job")] = None,
     reuse: Annotated[
@@ -75,10 +108,20 @@ def submit(
     sides = _size(size)
     asked = {"model": model, "count": count, "steps": steps, "guidance": guidance, "sampler": sampler,
              "seed": seed, "format": image_format, "negative_prompt": negative,
-             "width": sides and sides[0], "height": sides and sides[1]}  # fmt: skip
-    common = {k: v for k, v in asked.items() if v is not None}
-    specs: list[dict[str, Any]] = [{"prompt": p, **common} for p in prompts]
+             "width": sides and sides[0], "height": sides and sides[1],
+             "quality": quality, "strength": strength, "clip_skip": clip_skip, "prompt_weights": weights or None,
+             "long_prompt": long or None, "reproducible": "strict" if strict else None,
+             "loras": [named("name", text) for text in lora or []] or None,
+             "hires": larger(_size(hires)), "upscale": upscale and {"factor": upscale}}  # fmt: skip
     with as_account() as farm:
+        send = Sender(farm)
+        asked |= {
+            "image": send(image),
+            "mask": send(mask),
+            "control": [send.control(text, sketch=sketch) for text in control or []] or None,
+        }
+        common = {k: v for k, v in asked.items() if v is not None}
+        specs: list[dict[str, Any]] = [{"prompt": p, **common} for p in prompts]
         if quote:
             show_quote(farm.quote(specs, priority=_priority(priority), budget=budget), json)
             return
@@ -149,7 +192,9 @@ def _outcome(farm: Farm, job: Job) -> None:
         show.complain(f"… and {job.frames - LISTED} more: farm frames {job.id}")
     counts = job.counts
     bad = "".join(
-        f", {n} {what}" for what, n in (("failed", counts.failed), ("cancelled", counts.cancelled)) if n
+        f", {n} {what}"
+        for what, n in (("reused", counts.reused), ("failed", counts.failed), ("cancelled", counts.cancelled))
+        if n
     )
     show.say(f"{job.id} {job.status}: {counts.done} of {job.frames} done{bad}; {job.charged} {job.currency}")
 
@@ -201,6 +246,7 @@ def _show_job(job: Job, json: bool) -> None:
         ("priority", job.priority),
         ("images", f"{counts.done} of {job.frames} done, {counts.running} running, {counts.queued} queued, "
                    f"{counts.failed} failed, {counts.cancelled} cancelled"),
+        ("reuse", f"{counts.reused} of those done were reused, {counts.waiting} of those queued wait for an equal one"),
         ("cost", f"{job.charged} {job.currency} so far, at most {job.quoted}"),
         ("created", job.created_at),
         ("ended", job.ended_at),

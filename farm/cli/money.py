@@ -7,6 +7,8 @@ import typer
 
 from farm.answers import Budgets, DatedPrice, Quote
 from farm.cli import show
+from farm.cli.admin import IsOffline
+from farm.cli.offline import Offline
 from farm.cli.session import Json, as_account, as_admin, utc
 from farm.client import Farm
 
@@ -21,14 +23,16 @@ UNITS = {"mpx_step": "a megapixel and step", "image": "an image", "reuse": "a re
 Account = Annotated[str | None, typer.Option(help="another account's, for admins", metavar="NAME")]
 
 
-def _farm(account: str | None) -> Farm:
+def _farm(account: str | None, offline: bool) -> Farm | Offline:
+    if offline:
+        return Offline()
     return as_account() if account is None else as_admin()
 
 
 @prices.command("list")
-def list_prices(account: Account = None, json: Json = False) -> None:
+def list_prices(account: Account = None, offline: IsOffline = False, json: Json = False) -> None:
     """List the prices in force and those planned: the account's own come before everybody's."""
-    with _farm(account) as farm:
+    with _farm(account, offline) as farm:
         _show_prices(farm.prices(account=account), json)
 
 
@@ -36,10 +40,11 @@ def list_prices(account: Account = None, json: Json = False) -> None:
 def history(
     model: Annotated[str | None, typer.Argument(help="only of this model")] = None,
     account: Account = None,
+    offline: IsOffline = False,
     json: Json = False,
 ) -> None:
     """List every price there was, is and will be."""
-    with _farm(account) as farm:
+    with _farm(account, offline) as farm:
         _show_prices(farm.prices(account=account, model=model, past=True), json)
 
 
@@ -53,20 +58,44 @@ def set_price(
     ] = None,
     currency: Annotated[str | None, typer.Option(help="the account's if left out, or the catalog's")] = None,
     since: Annotated[datetime | None, typer.Option("--from", help="UTC; now if left out")] = None,
+    offline: IsOffline = False,
     json: Json = False,
 ) -> None:
     """Start a price. What was admitted keeps its own."""
-    with as_admin() as farm:
+    with Offline() if offline else as_admin() as farm:
         price = farm.set_price(
             model, rate, account=account, method=method, currency=currency, since=utc(since)
         )
-    if json:
-        show.as_json(price)
-        return
     until = f" until {show.cell(price.ends_at)}" if price.ends_at else ""
-    show.say(
+    show.as_json(price) if json else show.say(
+        f"{_said(price)} from {show.cell(price.starts_at)} (UTC){until}"
+    )
+
+
+@prices.command("withdraw")
+def withdraw_price(
+    model: str,
+    since: Annotated[datetime, typer.Option("--from", help="UTC; the moment it is planned for")],
+    account: Annotated[str | None, typer.Option(help="of this account alone", metavar="NAME")] = None,
+    method: Annotated[str | None, typer.Option(help="reuse, for the price of a reused image")] = None,
+    currency: Annotated[str | None, typer.Option(help="as when it was set")] = None,
+    offline: IsOffline = False,
+    json: Json = False,
+) -> None:
+    """Take out a price that is planned and not in force yet: the one before it goes on."""
+    moment = utc(since)
+    assert moment is not None
+    with Offline() if offline else as_admin() as farm:
+        price = farm.withdraw_price(model, moment, account=account, method=method, currency=currency)
+    show.as_json(price) if json else show.say(
+        f"withdrawn: {_said(price)} from {show.cell(price.starts_at)} (UTC)"
+    )
+
+
+def _said(price: DatedPrice) -> str:
+    return (
         f"{price.model} costs {price.rate} {price.currency} {UNITS[price.method]}"
-        f" for {price.account or 'everybody'} from {show.cell(price.starts_at)} (UTC){until}"
+        f" for {price.account or 'everybody'}"
     )
 
 
@@ -86,9 +115,9 @@ def _show_prices(listed: list[DatedPrice], json: bool) -> None:
 
 
 @budget.command("show")
-def show_budget(account: Account = None, json: Json = False) -> None:
-    """Show budgets: what was charged and what is held, of the limit."""
-    with _farm(account) as farm:
+def show_budget(account: Account = None, offline: IsOffline = False, json: Json = False) -> None:
+    """Show budgets: what was charged and what is held, of the limit. Offline an account has to be named."""
+    with _farm(account, offline) as farm:
         _show_budgets(farm.budget(account=account), json)
 
 
@@ -104,11 +133,12 @@ def set_budget(
             help="once so many percent were charged: notify, stop, drain or cancel", metavar="80:notify"
         ),
     ] = None,
+    offline: IsOffline = False,
     json: Json = False,
 ) -> None:
     """Set a budget. It replaces the one of the same account, key and period, thresholds and all."""
     thresholds = [_threshold(text) for text in at or []]
-    with as_admin() as farm:
+    with Offline() if offline else as_admin() as farm:
         found = farm.set_budget(
             None if limit == "none" else limit, account=account, key=key, period=per, thresholds=thresholds
         )
@@ -156,6 +186,12 @@ def show_quote(quote: Quote, json: bool) -> None:
         else "; nothing says yet how long it takes"
     )
     show.say(f"{quote.frames} images, at most {quote.amount} {quote.currency}{when}")
+    for room in quote.budgets:
+        per = " a month" if room.period == "month" else ""
+        show.say(
+            room.refused
+            or f"it fits: of the {room.budget}'s budget of {room.limit} {room.currency}{per} {room.left} are left"
+        )
     show.say(
         f"{quote.id} is good until {show.cell(quote.expires_at)} (UTC): farm submit … --quoted {quote.id}"
     )

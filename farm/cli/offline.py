@@ -1,13 +1,27 @@
 """Admin of a farm whose API does not run: the same answers, straight from the database."""
 
-from collections.abc import Iterator
-from typing import Self
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from typing import Any, Self, TypeVar
 
+from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from farm import accounts, ids, ledger, retention
+from farm import accounts, ids, ledger, pricing, retention
 from farm.accounts import Role
-from farm.answers import Account, ImagesAudit, Key, NewKey, Violation
+from farm.answers import (
+    Account,
+    Audit,
+    Budgets,
+    DatedPrice,
+    ImagesAudit,
+    Key,
+    NewKey,
+    Unseen,
+    Violation,
+)
+from farm.catalog import Method, catalog
 from farm.client import IMAGES
 from farm.db import transaction
 from farm.errors import Fault, Invalid
@@ -15,6 +29,8 @@ from farm.settings import settings
 from farm.storage import open_store
 from farm.tables import Account as AccountRow
 from farm.tables import ApiKey
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 class Offline:
@@ -31,9 +47,7 @@ class Offline:
 
     def add_account(self, name: str, *, currency: str, weight: int) -> Account:
         with transaction() as db:
-            added = accounts.create(db, name, currency=currency, weight=weight)
-            db.refresh(added)
-            return _account(added)
+            return _account(accounts.create(db, name, currency=currency, weight=weight))
 
     def change_account(self, name: str, *, retention_days: int | None) -> Account:
         with transaction() as db:
@@ -71,11 +85,92 @@ class Offline:
             row = db.get_one(ApiKey, key_id)
             return _key(row, db.get_one(AccountRow, row.account_id).name)
 
-    def audit(self) -> list[Violation]:
+    def prices(
+        self, *, model: str | None = None, past: bool = False, account: str | None = None
+    ) -> list[DatedPrice]:
+        """Everybody's prices, and with an account its own, in its currency."""
+        from farm.api.prices import shown
+
         with transaction() as db:
-            return [
-                Violation(violation=v.violation, subject=v.subject, detail=v.detail) for v in ledger.audit(db)
-            ]
+            owner = _owner(db, account)
+            account_id, currency = (owner.id, owner.currency) if owner is not None else (None, None)
+            found = pricing.every(db, account_id, currency=currency, model=model, past=past)
+            return shown(found, owner)
+
+    def set_price(
+        self,
+        model: str,
+        rate: str,
+        *,
+        account: str | None = None,
+        method: str | None = None,
+        currency: str | None = None,
+        since: datetime | None = None,
+    ) -> DatedPrice:
+        from farm.api.prices import NewPrice, start
+
+        new = _read(
+            NewPrice, model=model, rate=rate, account=account, method=method, currency=currency, since=since
+        )
+        with transaction() as db:
+            return start(db, new, _owner(db, account), set_by=None)
+
+    def withdraw_price(
+        self,
+        model: str,
+        since: datetime,
+        *,
+        account: str | None = None,
+        method: str | None = None,
+        currency: str | None = None,
+    ) -> DatedPrice:
+        from farm.api.prices import shown
+
+        with transaction() as db:
+            owner = _owner(db, account)
+            gone = pricing.withdraw(
+                db,
+                catalog(),
+                account=owner,
+                model=model,
+                since=since,
+                method=_method(method),
+                currency=currency,
+            )
+            return shown([gone], owner)[0]
+
+    def budget(self, *, account: str | None = None) -> Budgets:
+        from farm.api.budget import shown
+
+        with transaction() as db:
+            return shown(db, _must_own(db, account), key=None)
+
+    def set_budget(
+        self,
+        limit: str | None,
+        *,
+        account: str | None = None,
+        key: str | None = None,
+        period: str = "month",
+        thresholds: Sequence[tuple[int, str]] = (),
+    ) -> Budgets:
+        from farm.api.budget import WantedBudget, put
+
+        wanted = _read(
+            WantedBudget,
+            limit=limit,
+            key=key,
+            period=period,
+            thresholds=[{"percent": percent, "action": action} for percent, action in thresholds],
+        )
+        with transaction() as db:
+            return put(db, wanted, _must_own(db, account))
+
+    def audit(self) -> Audit:
+        with transaction() as db:
+            return Audit(violations=_violations(ledger.audit(db)), unseen=[
+                Unseen(what=u.what, detail=u.detail) for u in ledger.unseen(db)
+            ])  # fmt: skip
 
     def audit_images(self, sample: int | None = None) -> Iterator[ImagesAudit]:
         """As Farm.audit_images(): by FARM_STORAGE_URL."""
@@ -90,15 +185,40 @@ class Offline:
             found = ledger.audit_images(rows, store)
             with transaction() as db:  # an image that was deleted meanwhile is not missing
                 kept = {str(i.id) for i in ledger.images_among(db, [int(v.subject) for v in found])}
-            wrong = [
-                Violation(violation=v.violation, subject=v.subject, detail=v.detail)
-                for v in found
-                if v.subject in kept
-            ]
+            wrong = _violations(v for v in found if v.subject in kept)
             yield ImagesAudit(checked=len(rows), violations=wrong, next=None)
             if last or len(rows) < IMAGES:
                 return
             after = rows[-1].id
+
+
+def _read(body: type[Body], **values: Any) -> Body:
+    """What the API would read from such a body. Raises Invalid in its words."""
+    from farm.api.bodies import read
+
+    return read(body, json.dumps(values, default=str).encode())
+
+
+def _owner(db: Session, account: str | None) -> AccountRow | None:
+    return None if account is None else accounts.find(db, account)
+
+
+def _must_own(db: Session, account: str | None) -> AccountRow:
+    if account is None:
+        raise Invalid([Fault("account", None, "name one: without an API nobody says whose this is")])
+    return accounts.find(db, account)
+
+
+def _method(name: str | None) -> Method | None:
+    if name is None:
+        return None
+    if name in list(Method):
+        return Method(name)
+    raise Invalid([Fault("method", name, f"allowed are {', '.join(Method)}")])
+
+
+def _violations(found: Iterable[ledger.Violation]) -> list[Violation]:
+    return [Violation(violation=v.violation, subject=v.subject, detail=v.detail) for v in found]
 
 
 def _account(row: AccountRow) -> Account:

@@ -265,7 +265,7 @@ def _children(running: Running, api_port: int, flower_port: int, workers: int) -
 
 def _pools() -> tuple[str, ...]:
     """Pools whose every model is on this machine: the starter's is part of the farm."""
-    pools = sorted({m.pool for m in catalog().values()}, key=lambda p: (p != "starter", p))
+    pools = sorted(catalog().pools(), key=lambda p: (p != "starter", p))
     return tuple(p for p in pools if all(_is_here(m) for m in catalog().pool(p)))
 
 

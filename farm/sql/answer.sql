@@ -58,10 +58,11 @@ WITH waiting AS MATERIALIZED (
     FROM reused
     ORDER BY id
 ), counted AS (
-    INSERT INTO counts (job_id, done, charged, freed)
-    SELECT job_id, count(*), sum(rate), sum(CASE WHEN :at_once THEN rate ELSE freed END)
-    FROM reused
-    GROUP BY job_id
+    INSERT INTO counts (job_id, done, reused, waiting, charged, freed)
+    SELECT d.job_id, count(r.id), count(r.id), -count(*), coalesce(sum(r.rate), 0),
+           coalesce(sum(CASE WHEN :at_once THEN r.rate ELSE r.freed END), 0)
+    FROM decided AS d LEFT JOIN reused AS r ON r.id = d.id
+    GROUP BY d.job_id
 ), told AS (
     INSERT INTO outbox (account_id, job_id, frame_id, kind, data)
     SELECT account_id, job_id, id, 'frame.done', jsonb_build_object('index', index, 'reused', true)

@@ -2,7 +2,7 @@
 -- that is being claimed meanwhile ends when its pack does. Reads jobs_open_idx, frames_queued_idx and
 -- frames_waiting_idx.
 WITH queued AS MATERIALIZED (
-    SELECT f.id, f.job_id, f.account_id, f.quantity, f.price_id, f.seeded, f.fingerprint
+    SELECT f.id, f.job_id, f.account_id, f.quantity, f.price_id, f.seeded, f.fingerprint, 0 AS waited
     FROM jobs AS j
     CROSS JOIN LATERAL (
         SELECT f.* FROM frames AS f
@@ -13,7 +13,7 @@ WITH queued AS MATERIALIZED (
     WHERE j.status = 'cancelled' AND j.ended_at IS NULL
     LIMIT :n
 ), waiting AS MATERIALIZED (
-    SELECT f.id, f.job_id, f.account_id, f.quantity, f.price_id, false AS seeded, f.fingerprint
+    SELECT f.id, f.job_id, f.account_id, f.quantity, f.price_id, false AS seeded, f.fingerprint, 1 AS waited
     FROM jobs AS j
     CROSS JOIN LATERAL (
         SELECT f.* FROM frames AS f
@@ -34,8 +34,8 @@ WITH queued AS MATERIALIZED (
     INSERT INTO waiters_due (account_id, fingerprints)
     SELECT account_id, array_agg(fingerprint) FROM next WHERE seeded GROUP BY account_id
 ), counted AS (
-    INSERT INTO counts (job_id, cancelled, freed)
-    SELECT s.job_id, count(*),
+    INSERT INTO counts (job_id, cancelled, waiting, freed)
+    SELECT s.job_id, count(*), -sum(s.waited),
            sum(s.quantity * p.rate * CASE p.method WHEN 'mpx_step' THEN 0.00000095367431640625 ELSE 1 END)
     FROM next AS s JOIN prices AS p ON p.id = s.price_id
     GROUP BY s.job_id

@@ -1,6 +1,7 @@
 -- Claim one pack: the head frame and its kin, up to :frames of them. First from the head's own lane, then from
--- any runnable job with the same key, oldest first; a suspect alone. Both searches look at 256 jobs at most: if they
--- find nothing (its job was paused since, or stands behind that many), the head frame goes alone.
+-- any runnable job with the same key in a class above :above, oldest first; a suspect alone. Both searches look at 256 jobs at most: if they
+-- find nothing (its job was paused since, or stands behind that many), the head frame goes alone. A model that packs
+-- by shape is claimed with shape_key in place of k.call_key, which farm/queue.py puts there.
 --
 -- SKIP LOCKED: two workers neither wait for nor get the same frame. Lanes are locked in the order of their
 -- keys before they are charged: bumped in no order they gave 10 deadlocks in 20,000 frames (DESIGN.md). By a join, no
@@ -36,7 +37,7 @@ WITH own AS MATERIALIZED (
         FROM job_keys AS k
         JOIN job_lanes AS jl ON jl.job_id = k.job_id AND jl.model = k.model AND jl.runnable
         WHERE k.call_key = :call_key AND k.open
-          AND (jl.account_id, jl.priority) <> (:account_id, :priority)
+          AND (jl.account_id, jl.priority) <> (:account_id, :priority) AND jl.priority > CAST(:above AS smallint)
         ORDER BY k.job_id
         LIMIT 256
     ) AS j
@@ -58,9 +59,9 @@ WITH own AS MATERIALIZED (
     SELECT CAST(:frame_id AS uuid), CAST(:account_id AS uuid), CAST(:priority AS smallint)
     WHERE :alone OR NOT EXISTS (SELECT FROM own) AND NOT EXISTS (SELECT FROM others)
 ), pack AS (
-    INSERT INTO packs (worker, model, call_key, priority, frames, work, lease_until, engine)
+    INSERT INTO packs (worker, model, call_key, priority, frames, work, lease_until, engine, shared)
     SELECT :worker, :model, :call_key, :priority, count(*), sum(f.work),
-           clock_timestamp() + make_interval(secs => :lease_s), CAST(:engine AS jsonb)
+           clock_timestamp() + make_interval(secs => :lease_s), CAST(:engine AS jsonb), :shared
     FROM frames AS f
     WHERE f.id = ANY (ARRAY (SELECT id FROM picked))
       AND f.id >= (SELECT id FROM picked ORDER BY id LIMIT 1)
@@ -104,7 +105,7 @@ WITH own AS MATERIALIZED (
           AND f.id <> ALL (ARRAY (SELECT id FROM picked))
     )
 )
-SELECT pack.id AS pack_id, pack.lease_until, t.*, a.prompt_in_images AS prompt,
+SELECT pack.id AS pack_id, pack.lease_until, t.*, p.priority, a.prompt_in_images AS prompt,
        (t.job_id, t.key_no) IN (SELECT job_id, key_no FROM emptied) AS emptied
-FROM taken AS t CROSS JOIN pack JOIN accounts AS a ON a.id = t.account_id
+FROM taken AS t CROSS JOIN pack JOIN picked AS p ON p.id = t.id JOIN accounts AS a ON a.id = t.account_id
 ORDER BY t.id

@@ -8,16 +8,16 @@ WITH due AS MATERIALIZED (
     FOR NO KEY UPDATE SKIP LOCKED
 ), taken AS (
     DELETE FROM counts WHERE job_id IN (SELECT id FROM due)
-    RETURNING job_id, done, failed, cancelled, charged, freed, folded, at
+    RETURNING job_id, done, failed, cancelled, reused, waiting, charged, freed, folded, at
 ), total AS MATERIALIZED (
     SELECT job_id, sum(done) AS done, sum(failed) AS failed, sum(cancelled) AS cancelled,
-           sum(charged) AS charged, sum(freed) AS freed,
+           sum(reused) AS reused, sum(waiting) AS waiting, sum(charged) AS charged, sum(freed) AS freed,
            coalesce(sum(freed) FILTER (WHERE NOT folded), 0) AS freed_now
     FROM taken
     GROUP BY job_id
 ), put AS (
-    INSERT INTO counts (job_id, done, failed, cancelled, charged, freed, folded)
-    SELECT job_id, done, failed, cancelled, charged, freed, true FROM total
+    INSERT INTO counts (job_id, done, failed, cancelled, reused, waiting, charged, freed, folded)
+    SELECT job_id, done, failed, cancelled, reused, waiting, charged, freed, true FROM total
 ), spent AS (
     INSERT INTO tallies (account_id, api_key_id, month, spent)
     SELECT d.account_id, d.api_key_id, date_trunc('month', t.at AT TIME ZONE 'UTC')::date, sum(t.charged)

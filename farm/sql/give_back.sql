@@ -1,14 +1,16 @@
 -- Take frames from their packs: queued again, or ended.
 --
--- A frame of a cancelled job is cancelled. With :blame, a pack that had one frame counts against it, and the
--- :max_attempts-th time it fails with the reason; frames of a larger pack become suspects and are claimed alone.
+-- A frame of a cancelled job is cancelled. With :blame, a pack of one frame that shared the device with no other pack
+-- counts against it, and the :max_attempts-th time it fails with the reason; frames of another become suspects and
+-- are claimed alone.
 -- With :lost, not if Postgres was away meanwhile: then the worker could not extend the lease.
 -- Locks as settle.sql: packs and jobs by the caller, then frames.
 WITH held AS MATERIALIZED (
     SELECT f.id, f.job_id, f.index, f.key_no, f.account_id, f.attempts, f.quantity, f.price_id, f.pack_id,
            f.seeded, f.fingerprint,
            f.job_id = ANY (CAST(:cancelled_jobs AS uuid[])) AS cancelled,
-           :blame AND p.frames = 1 AND NOT (:lost AND p.claimed_at < pg_postmaster_start_time()) AS blamed
+           :blame AND p.frames = 1 AND NOT p.shared
+               AND NOT (:lost AND p.claimed_at < pg_postmaster_start_time()) AS blamed
     FROM frames AS f
     JOIN packs AS p ON p.id = f.pack_id
     WHERE f.pack_id = ANY (CAST(:packs AS bigint[])) AND f.status = 'claimed'

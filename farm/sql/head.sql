@@ -1,5 +1,6 @@
 -- Find the head frame: of the most urgent class the lane served least, of that lane the oldest job's first
--- queued frame. A lane unserved for the ageing time comes before every class, if :ageing allows it.
+-- queued frame. A lane unserved for the ageing time comes before every class, if :ageing allows it. Only classes
+-- above :above; within one, lanes of the model :warm first; suspects only with :suspects.
 --
 -- The frame is locked (SKIP LOCKED: rivals take the next one), the lanes are only read: they are charged by
 -- claim.sql, in the order of their keys. Jobs and keys are put in order before they are joined: a sort above the
@@ -12,16 +13,17 @@ WITH ordered AS MATERIALIZED (
     FROM (
         SELECT *, :ageing AND waiting_at < clock_timestamp() - make_interval(secs => :ageing_s) AS aged
         FROM lanes
-        WHERE active AND model = ANY (CAST(:models AS text[]))
+        WHERE active AND model = ANY (CAST(:models AS text[])) AND priority > CAST(:above AS smallint)
     ) AS l
-    ORDER BY l.aged DESC, CASE WHEN l.aged THEN l.waiting_at END, l.priority DESC, l.served, l.account_id, l.model
+    ORDER BY l.aged DESC, CASE WHEN l.aged THEN l.waiting_at END, l.priority DESC,
+             l.model IS DISTINCT FROM CAST(:warm AS text), l.served, l.account_id, l.model
 )
 SELECT set_config('synchronous_commit', 'off', true), -- a claim that a crash undoes was never made
        o.model, o.priority, o.account_id, o.aged,
-       h.frame_id, h.suspect, h.call_key, h.pixels
+       h.frame_id, h.suspect, h.call_key, h.shape_key, h.pixels
 FROM ordered AS o
 CROSS JOIN LATERAL (
-    SELECT f.id AS frame_id, f.suspect, k.call_key, k.pixels
+    SELECT f.id AS frame_id, f.suspect, k.call_key, k.shape_key, k.pixels
     FROM (
         SELECT jl.job_id
         FROM job_lanes AS jl
@@ -30,7 +32,7 @@ CROSS JOIN LATERAL (
         ORDER BY jl.job_id
     ) AS jl
     CROSS JOIN LATERAL (
-        SELECT k.job_id, k.key_no, k.call_key, k.pixels
+        SELECT k.job_id, k.key_no, k.call_key, k.shape_key, k.pixels
         FROM job_keys AS k
         WHERE k.job_id = jl.job_id AND k.model = o.model AND k.open
         ORDER BY k.key_no
@@ -39,7 +41,7 @@ CROSS JOIN LATERAL (
         SELECT f.id, f.suspect
         FROM frames AS f
         WHERE f.job_id = k.job_id AND f.key_no = k.key_no AND f.status = 'queued'
-          AND f.id > k.job_id AND f.id <= last_frame_id(k.job_id)
+          AND f.id > k.job_id AND f.id <= last_frame_id(k.job_id) AND (:suspects OR NOT f.suspect)
         LIMIT 1
         FOR UPDATE SKIP LOCKED
     ) AS f

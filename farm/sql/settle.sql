@@ -2,10 +2,10 @@
 --
 -- The fence: a frame counts only while it is claimed by the pack it was rendered in. What is not is left out here
 -- and not returned; its file is an orphan. Amounts come from the rows frozen at admission.
--- Locks, in this order everywhere: packs, jobs, frames. The caller has locked packs and jobs in statements of their
--- own: nobody else touches these frames by now, so that no row is checked again in the middle of this (which is slow
+-- Locks, in this order everywhere: packs, jobs, frames. hold.sql has locked packs and jobs, in a statement of its own:
+-- nobody else touches these frames by now, so that no row is checked again in the middle of this (which is slow
 -- to reason about, and a segmentation fault of Postgres 18.4 on a partitioned table). Frames of :cancelled_jobs end
--- as cancelled, unbilled.
+-- as cancelled, unbilled. over: none of a job's frames is queued.
 WITH stored AS MATERIALIZED (
     SELECT frame_id, pack_id, key, format, decode(sha256, 'hex') AS sha256, decode(pixel_sha256, 'hex') AS pixel_sha256,
            bytes, width, height, gpu_ms, prompt
@@ -18,7 +18,7 @@ WITH stored AS MATERIALIZED (
            f.job_id = ANY (CAST(:cancelled_jobs AS uuid[])) AS cancelled
     FROM frames AS f
     JOIN stored AS s ON s.frame_id = f.id AND s.pack_id = f.pack_id
-    WHERE f.id = ANY (CAST(:frames AS uuid[])) AND f.id >= (SELECT frame_id FROM stored ORDER BY frame_id LIMIT 1)
+    WHERE f.id >= (SELECT frame_id FROM stored ORDER BY frame_id LIMIT 1)
       AND f.id <= (SELECT frame_id FROM stored ORDER BY frame_id DESC LIMIT 1)
       AND f.status = 'claimed' AND f.pack_id = ANY (CAST(:held AS bigint[]))
     ORDER BY f.id
@@ -44,14 +44,15 @@ WITH stored AS MATERIALIZED (
 ), due AS (
     INSERT INTO waiters_due (account_id, fingerprints)
     SELECT account_id, array_agg(fingerprint) FROM mine WHERE seeded GROUP BY account_id
+), made AS MATERIALIZED ( -- as arrays: a join of two short lists was planned as a loop in a loop
+    SELECT array_agg(key) AS keys, array_agg(id) AS ids FROM image
 ), ended AS (
     UPDATE frames AS f
     SET status = CASE WHEN m.cancelled THEN 'cancelled' ELSE 'done' END,
-        image_id = i.id, pack_id = NULL, suspect = false, ended_at = clock_timestamp()
-    FROM mine AS m LEFT JOIN image AS i ON i.key = m.key AND NOT m.cancelled
-    WHERE f.id = ANY (CAST(:frames AS uuid[])) AND f.id >= (SELECT frame_id FROM stored ORDER BY frame_id LIMIT 1)
-      AND f.id <= (SELECT frame_id FROM stored ORDER BY frame_id DESC LIMIT 1)
-      AND m.id = f.id
+        image_id = CASE WHEN NOT m.cancelled THEN i.ids[array_position(i.keys, m.key)] END,
+        pack_id = NULL, suspect = false, ended_at = clock_timestamp()
+    FROM mine AS m CROSS JOIN made AS i
+    WHERE f.id = m.id
 ), charge AS MATERIALIZED (
     SELECT m.*, k.model, p.method, p.currency, p.rate,
            m.quantity * p.rate * CASE p.method WHEN 'mpx_step' THEN 0.00000095367431640625 ELSE 1 END AS amount
@@ -82,7 +83,11 @@ WITH stored AS MATERIALIZED (
     WHERE p.id = ANY (CAST(:held AS bigint[]))
       AND NOT EXISTS (SELECT FROM frames AS f WHERE f.pack_id = p.id AND f.id <> ALL (ARRAY (SELECT id FROM mine)))
 )
-SELECT m.id, m.job_id, m.cancelled, NOT EXISTS (
-           SELECT FROM frames AS f WHERE f.job_id = m.job_id AND f.status = 'queued'
-             AND f.id > m.job_id AND f.id <= last_frame_id(m.job_id)) AS over
+SELECT m.id, m.job_id, m.cancelled, j.over
 FROM mine AS m
+JOIN (
+    SELECT id, NOT EXISTS (
+        SELECT FROM frames AS f
+        WHERE f.job_id = j.id AND f.status = 'queued' AND f.id > j.id AND f.id <= last_frame_id(j.id)) AS over
+    FROM unnest(CAST(:jobs AS uuid[])) AS j (id)
+) AS j ON j.id = m.job_id

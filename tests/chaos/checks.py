@@ -33,6 +33,7 @@ def wrongs(db: Session, *, read: Callable[[str], bytes | None], submitted: Colle
 
     read: the file of a key as the store has it, None if it has none.
     """
+    db.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))  # reading all files takes its time
     found: Counter[str] = Counter(v.violation for v in ledger.audit(db))
     frames = db.execute(text(FRAMES)).all()
     found["frame lost"] += len(set(submitted) - {f.id for f in frames})

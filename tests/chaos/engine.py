@@ -10,7 +10,7 @@ import numpy as np
 from farm.catalog import Model
 from farm.errors import RenderFailed
 from farm.spec import Spec
-from workers import gpu, run
+from workers import engines, gpu
 from workers.engine import Ask, OnStep, Pixels
 
 BAD = "the engine gives no picture of this"
@@ -46,7 +46,7 @@ def install(step_s: float) -> None:
     def opened(model: Model, *, device: str) -> FakeEngine:
         return FakeEngine(step_s)
 
-    run.open_engine = opened
+    engines.open_engine = opened
     gpu.limit_threads = lambda: None
     gpu.device = lambda: "cpu"
     gpu.describe = lambda: gpu.Device("cpu", "fake", 0)

@@ -15,7 +15,7 @@ from signal import SIGKILL, SIGSTOP
 from farm import queue, retention
 from farm.errors import StorageAway
 from farm.storage import Store
-from tests.chaos import engine
+from tests.chaos import clocks, engine
 from tests.chaos.tally import Tally
 from workers import books, run, shelf
 
@@ -56,6 +56,7 @@ class Plan:
     timeout_s: float = 0.5
     step_s: float = 0.005
     variant: str | None = None
+    clock_s: float = 0.0  # how far the clocks of this process are ahead
 
     @classmethod
     def from_json(cls, data: dict) -> "Plan":
@@ -128,6 +129,8 @@ class _Refusals(logging.Handler):
 
 def install(plan: Plan) -> None:
     """Make this process a worker of the plan; before it opens a Worker."""
+    if plan.clock_s:
+        clocks.shift(plan.clock_s)
     fate = Fate(plan)
     engine.install(plan.step_s)
     run.reached = fate.reached

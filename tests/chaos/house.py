@@ -19,7 +19,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from farm import accounts, db, ids, jobs, pricing
+from farm import accounts, db, ids, jobs, pricing, submissions
 from farm.accounts import Caller, Role
 from farm.catalog import catalog
 from farm.db import transaction
@@ -185,9 +185,9 @@ class House:
 
     def submit(self, caller: Caller, count: int, *, priority: int = 5, **spec: object) -> UUID:
         asked = {"prompt": "noise", "width": 64, "height": 64, "steps": 4, "count": count, **spec}
-        submission = jobs.Submission(spec=asked, priority=priority)
+        submission = submissions.Submission(spec=asked, priority=priority)
         with transaction() as session:
-            job_id, _ = jobs.submit(session, caller, submission)
+            job_id, _ = submissions.submit(session, caller, submission)
         self.submitted |= {ids.frame_id(job_id, k) for k in range(count)}
         return job_id
 
@@ -242,8 +242,9 @@ class House:
 class Verbs:
     """Somebody who pauses, resumes, reprioritises and cancels jobs while all this happens."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: House, *, cancel: float = 0.03) -> None:
         self._house = house
+        self._cancel = cancel
         self._paused: tuple[UUID, UUID] | None = None
 
     def say(self) -> None:
@@ -256,7 +257,7 @@ class Verbs:
             return
         job = random.choice(running)
         with self._patiently() as session:
-            if random.random() < 0.03:
+            if random.random() < self._cancel:
                 jobs.cancel(session, *job)
             elif random.random() < 0.5:
                 jobs.pause(session, *job)

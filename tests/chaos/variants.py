@@ -19,10 +19,11 @@ BETWEEN = "between the two transactions"
 # what has to be taken from the database before a variant can do wrong
 GUARDS = {
     "result, then bill": [
-        "ALTER TABLE frames DISABLE TRIGGER frames_charged",
+        "ALTER TABLE frames DISABLE TRIGGER frames_agree",
     ],
     "bill without UNIQUE, then result": [
-        "ALTER TABLE usage DISABLE TRIGGER usage_done",
+        "ALTER TABLE usage DISABLE TRIGGER usage_agrees",
+        "ALTER TABLE frames DISABLE TRIGGER frames_agree",
         "ALTER TABLE usage DROP CONSTRAINT usage_pkey",
     ],
     "key without the hash, prompt reclaim": [

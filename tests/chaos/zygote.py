@@ -23,7 +23,7 @@ import boto3  # noqa: F401 - imported once, before the forks
 from farm import sweep
 from farm.catalog import catalog
 from farm.settings import settings
-from tests.chaos import faults, variants  # noqa: F401 - imported once, before the forks
+from tests.chaos import clocks, faults, variants  # noqa: F401 - imported once, before the forks
 from tests.chaos.faults import Plan
 from workers.node import Node
 from workers.run import Worker
@@ -50,6 +50,8 @@ def node(name: str, plan: Plan) -> None:
 
 
 def sweeper(name: str, plan: Plan) -> None:
+    if plan.clock_s:
+        clocks.shift(plan.clock_s)
     # files that nobody booked go soon: while their frames are rendered again to the same bytes
     sweep.CHORES = tuple(replace(c, every_s=min(c.every_s, 3)) for c in sweep.CHORES)
     sweep.run(threading.Event())

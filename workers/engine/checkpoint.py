@@ -1,13 +1,14 @@
-"""Where a model's checkpoint lies on this machine. Workers never download."""
+"""Where checkpoints lie on this machine. Workers never download."""
 
+import json
 from pathlib import Path
 
 import workers
+from farm import folders
 from farm.catalog import Model
 from farm.errors import Misconfigured
+from farm.folders import INDEX
 from farm.settings import settings
-
-INDEX = "model_index.json"  # what diffusers puts into every pipeline's folder
 
 
 def folder(model: Model) -> Path:
@@ -15,26 +16,68 @@ def folder(model: Model) -> Path:
 
     Raises Misconfigured naming every place that was tried.
     """
-    kind, _, name = model.source.partition(":")
+    return find(model.source, model.revision, name=model.name)
+
+
+def stage_folders(model: Model) -> list[Path]:
+    """Find the checkpoints of a model's further stages; a folder of models holds them as NAME-stage-2, -3, ….
+
+    Raises Misconfigured naming every place that was tried.
+    """
+    return [
+        find(stage.source, stage.revision, name=f"{model.name}-stage-{number}")
+        for number, stage in enumerate(model.stages, 2)
+    ]
+
+
+def part_folders(model: Model) -> dict[str, Path]:
+    """Find the components that a model takes from elsewhere; a folder of models holds them as NAME-PART.
+
+    Raises Misconfigured naming every place that was tried.
+    """
+    return {
+        part: find(*weights.pinned, name=f"{model.name}-{part}", index="config.json")
+        for part, weights in model.parts.items()
+    }
+
+
+def find(source: str, revision: str, *, name: str, index: str = INDEX) -> Path:
+    """Find the folder of a source that has this file in it.
+
+    Raises Misconfigured naming every place that was tried.
+    """
+    kind, _, where = source.partition(":")
     match kind:
         case "builtin":
-            places = [Path(workers.__file__).parent / name / "weights"]
+            places = [Path(workers.__file__).parent / where / "weights"]
         case "dir":
-            places = [Path(name).expanduser()]
+            places = [Path(where).expanduser()]
         case _:
             models_dir = settings().models_dir
-            places = [models_dir / model.name] if models_dir else []
+            places = [models_dir / name] if models_dir else []
     for place in places:
-        if (place / INDEX).is_file():
+        if (place / index).is_file():
             return place
-    if kind == "hub" and (cached := _cached(name, model.revision)):
-        return cached
+    if kind == "hub":
+        if cached := _cached(where, revision):
+            return cached
+        places.append(_snapshot(where, revision))
     raise Misconfigured(
-        f"no checkpoint of model {model.name!r}; looked for {INDEX} in {', '.join(_tried(model, places))}",
-        model=model.name,
-        source=model.source,
+        f"no checkpoint of model {name!r}; looked for {index} in {', '.join(map(str, places))}",
+        model=name,
+        source=source,
         setting="FARM_MODELS_DIR",
     )
+
+
+def refuse_pickles(place: Path, *, model: str) -> None:
+    """Let no component be loaded whose weights are pickled only.
+
+    Raises Misconfigured naming the file.
+    """
+    for part in ("", *folders.components(json.loads((place / INDEX).read_text()))):
+        inside = [str(p) for p in (place / part).glob("*") if p.is_file()]
+        folders.refuse_pickles(inside, model=model)
 
 
 def _cached(repo: str, revision: str) -> Path | None:
@@ -47,11 +90,7 @@ def _cached(repo: str, revision: str) -> Path | None:
         return None
 
 
-def _tried(model: Model, places: list[Path]) -> list[str]:
-    tried = [str(p) for p in places]
-    if model.source.startswith("hub:"):
-        from huggingface_hub.constants import HF_HUB_CACHE
+def _snapshot(repo: str, revision: str) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
 
-        repo = model.source.removeprefix("hub:").replace("/", "--")
-        tried.append(f"{HF_HUB_CACHE}/models--{repo}/snapshots/{model.revision}")
-    return tried
+    return Path(HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots" / revision

@@ -1,0 +1,163 @@
+"""New entries of an operator's catalog file: made from a checkpoint's index, checked before they are written."""
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from farm.catalog import BUILTIN, Model, read
+from farm.errors import Away, Conflict, Misconfigured, NotFound
+from farm.folders import INDEX, components, needed
+
+HUB = "https://huggingface.co"
+PATIENCE_S = 20.0
+SAMPLERS = {  # diffusers' classes as the catalog calls them
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler-a",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+    "HeunDiscreteScheduler": "heun",
+    "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "UniPCMultistepScheduler": "unipc",
+    "LCMScheduler": "lcm",
+    "FlowMatchEulerDiscreteScheduler": "flow-euler",
+    "FlowMatchHeunDiscreteScheduler": "flow-heun",
+}
+LIKE = ("side", "steps", "guidance", "sampler", "pack", "dtype", "price", "sizes")  # what an entry takes over
+OTHER: Mapping[str, Any] = {  # for pipelines that no built-in model has
+    "dtype": "bfloat16",
+    "side": {"min": 256, "max": 2048, "multiple": 32, "default": 1024},
+    "steps": {"min": 1, "max": 100, "default": 28},
+    "guidance": {"min": 0.0, "max": 30.0, "default": 4.0},
+    "pack": {"frames": 4, "pixels": 4 << 20},
+    "price": {"method": "mpx_step", "rate": "0.0004", "currency": "USD"},
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A pipeline's checkpoint, seen by its index and the names of its files."""
+
+    source: str  # dir:PATH or hub:OWNER/NAME
+    revision: str
+    index: Mapping[str, Any]
+    files: Sequence[str]
+
+    @property
+    def pipeline(self) -> str:
+        return str(self.index["_class_name"])
+
+
+def look(source: str) -> Checkpoint:
+    """Look at a checkpoint: a folder, or hub:OWNER/NAME@REVISION, whose revision becomes a commit.
+
+    Raises NotFound if there is none, Misconfigured if it is no pipeline, or its weights are pickled; Away if the hub
+    does not answer.
+    """
+    found = _on_hub(source.removeprefix("hub:")) if source.startswith("hub:") else _in_folder(source)
+    if not components(found.index) or "_class_name" not in found.index:
+        raise Misconfigured(f"the {INDEX} of {source} names no pipeline", source=source)
+    needed(found.index, found.files, model=source)
+    return found
+
+
+def _in_folder(source: str) -> Checkpoint:
+    folder = Path(source.removeprefix("dir:")).expanduser().resolve()
+    if not (folder / INDEX).is_file():
+        raise NotFound(f"no {INDEX} in {folder}")
+    files = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
+    return Checkpoint(f"dir:{folder}", "local", json.loads((folder / INDEX).read_text()), files)
+
+
+def _on_hub(name: str) -> Checkpoint:
+    repo, _, revision = name.partition("@")
+    headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else {}
+    endpoint = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
+    try:
+        with httpx.Client(
+            base_url=endpoint, headers=headers, timeout=PATIENCE_S, follow_redirects=True
+        ) as hub:
+            facts = _asked(hub, f"/api/models/{repo}/revision/{revision or 'main'}", name).json()
+            commit = facts["sha"]
+            index = _asked(hub, f"/{repo}/resolve/{commit}/{INDEX}", name).json()
+    except httpx.HTTPError as e:
+        raise Away(f"{endpoint} does not answer: {e}") from e
+    except (ValueError, KeyError) as e:
+        raise Misconfigured(f"{name}: what {endpoint} answers is no pipeline: {e}") from e
+    return Checkpoint(f"hub:{repo}", commit, index, [f["rfilename"] for f in facts.get("siblings", [])])
+
+
+def _asked(hub: httpx.Client, path: str, name: str) -> httpx.Response:
+    answer = hub.get(path)
+    if answer.status_code in (401, 403):
+        raise Misconfigured(f"{name} wants its licence accepted: do so on the hub and set HF_TOKEN")
+    if answer.status_code == 404:
+        raise NotFound(f"the hub has no {name}, or it has no {INDEX}")
+    answer.raise_for_status()
+    return answer
+
+
+def entry(checkpoint: Checkpoint, *, like: str | None = None, **said: Any) -> dict[str, Any]:
+    """Make a catalog entry of a checkpoint. What is not said is like another model's of its family.
+
+    Raises NotFound if there is no model to be like.
+    """
+    models = read(BUILTIN)
+    if like is not None and like not in models:
+        raise NotFound(f"no model {like!r} to be like; there are {', '.join(models)}")
+    alike = (
+        models[like]
+        if like
+        else next((m for m in models.values() if m.pipeline == checkpoint.pipeline), None)
+    )
+    made: dict[str, Any] = {"source": checkpoint.source, "revision": checkpoint.revision}
+    if alike is not None:
+        facts = alike.model_dump(mode="json")
+        made |= {"family": alike.family, **{name: facts[name] for name in LIKE}}
+        if alike.pipeline != checkpoint.pipeline:
+            made["pipeline"] = checkpoint.pipeline
+    else:
+        own = checkpoint.index.get("scheduler", ["", ""])[1]
+        sampler = SAMPLERS.get(own, "dpm++2m")
+        made |= {
+            "family": "other",
+            "pipeline": checkpoint.pipeline,
+            **OTHER,
+            "samplers": [sampler],
+            "sampler": sampler,
+        }
+    return made | {name: value for name, value in said.items() if value is not None}
+
+
+def add(catalog: Path, name: str, made: Mapping[str, Any]) -> Model:
+    """Write an entry at the end of a catalog file, which is made if there is none.
+
+    Raises Conflict if the name is taken, Misconfigured saying what is wrong with the entry; the file is
+    as it was then.
+    """
+    text = catalog.read_text() if catalog.exists() else "# The models this farm serves; see docs/models.md.\n"
+    if name in tomllib.loads(text).get("models", {}):
+        raise Conflict(f"{catalog} has a model {name!r} already")
+    lines = [f"{key} = {_toml(value)}" for key, value in made.items() if value not in (None, [], {})]
+    draft = catalog.with_name(f".{catalog.name}.new")
+    try:
+        draft.write_text("\n".join([text.rstrip(), "", f"[models.{_toml(name)}]", *lines, ""]))
+        added = read(draft)[name]
+        os.replace(draft, catalog)
+    finally:
+        draft.unlink(missing_ok=True)
+    return added
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML; JSON's strings, numbers and booleans are also TOML's."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
