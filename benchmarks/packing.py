@@ -38,6 +38,9 @@ ENTRY = """
 [models.random-1m]
 title = "random weights"
 family = "sd"
+engine = "pipe"
+packs_by = "call"
+free = ["guidance"]
 source = "dir:{checkpoint}"
 revision = "random"
 licence = "none"

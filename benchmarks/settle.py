@@ -257,7 +257,7 @@ def _written(pack: ClaimedPack, frames: list[StoredFrame]) -> dict[str, str]:
     now = json.loads(row.usage)[0]["at"]
     owners = {f.id: (f.account_id, f.job_id, f.index) for f in pack.frames}
     counts = {"id": pack.id, "job_id": str(frames[0].job_id), "done": len(frames), "failed": 0, "cancelled": 0,
-              "charged": "0.004", "freed": "0.004", "folded": False, "at": now}  # fmt: skip
+              "reused": 0, "waiting": 0, "charged": "0.004", "freed": "0.004", "folded": False, "at": now}  # fmt: skip
     outbox = [
         {"id": random.getrandbits(62), "account_id": str(owners[f.frame_id][0]), "job_id": str(owners[f.frame_id][1]),
          "frame_id": str(f.frame_id), "kind": "frame.done", "data": {"index": owners[f.frame_id][2]}, "at": now}

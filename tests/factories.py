@@ -24,6 +24,9 @@ from farm.storage import image_key
 def model(name: str, **changes: Any) -> Model:
     """A model of the Stable Diffusion family: 512 × 512, 4 steps, 4 frames a pack, 0.0032 a megapixel and step."""
     facts = read(BUILTIN)["sd15"].model_dump() | {
+        "engine": "pipe",
+        "packs_by": "call",
+        "free": ("guidance",),
         "name": name,
         "side": {"min": 64, "max": 2048, "multiple": 8, "default": 512},
         "steps": {"min": 1, "max": 100, "default": 4},

@@ -26,7 +26,7 @@ from tests.hub import COMMIT, Hub, hub
 from tests.tiny import tiny_model, tiny_sd
 from workers import verify
 from workers.ailing import note
-from workers.engine import open_engine
+from workers.engine import open_step_engine
 from workers.gpu import limit_threads
 from workers.measured import Measured, Size, recall
 from workers.trust import DEVICE, Ailment
@@ -80,7 +80,7 @@ def test_a_folder_becomes_an_entry_like_the_built_in_one_of_its_pipeline(own: Pa
     assert (model.dtype, model.licence, model.served_by) == ("float32", "MIT", ("a", "b"))
     assert str(model.price.rate) == "0.01"
     assert model.side.default == 64
-    open_engine(model, device="cpu")
+    open_step_engine(model, device="cpu")
 
 
 def test_a_second_model_is_added_and_the_first_stays_as_it_was(own: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_hubs_branch_becomes_a_commit_and_pull_fetches_safetensors_only(
     unwanted = [f for f in served.got if f.endswith((".bin", ".ckpt", ".md")) or "fp16" in f]
     assert unwanted == []
     model = read(own)["mine"].model_copy(update={"source": f"dir:{tmp_path / 'models' / 'mine'}"})
-    open_engine(model, device="cpu")
+    open_step_engine(model, device="cpu")
     served.got.clear()
     assert run_pull("mine", FARM_MODELS_DIR=str(tmp_path / "models")).returncode == 0
     assert "unet/diffusion_pytorch_model.safetensors" not in served.got  # it is there

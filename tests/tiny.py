@@ -62,6 +62,9 @@ def tiny_model(path: Path, family: str = "sd", **changes: Any) -> Model:
         "dtype": "float32",
         "side": {"min": 16, "max": 256, "multiple": 16, "default": 32},
         "sizes": (),
+        "engine": "pipe",
+        "packs_by": "call",
+        "free": () if like == "flux1" else ("guidance",),
         "guidance": {"min": 0.0, "max": 30.0, "default": 4.0},
         "pack": {"frames": 8, "pixels": 8 * 64 * 64},
     }

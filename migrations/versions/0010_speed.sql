@@ -52,30 +52,30 @@ DROP FUNCTION charge_is_done();
 
 CREATE FUNCTION usage_agrees() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
-    wrong uuid;
+    wrong record;
 BEGIN
-    SELECT c.frame_id INTO wrong
-    FROM charged AS c
-    WHERE (
-        SELECT f.status = 'done' AND f.account_id = c.account_id
-               AND CASE WHEN f.reused
-                   THEN c.method = 'reuse' AND c.quantity = 1 AND c.price_id = (
-                       SELECT k.reuse_price_id FROM job_keys AS k WHERE k.job_id = f.job_id AND k.key_no = f.key_no)
-                   ELSE c.method <> 'reuse' AND c.quantity = f.quantity AND c.price_id = f.price_id END
-        FROM frames AS f WHERE f.id = c.frame_id
-    ) IS NOT TRUE
+    SELECT * INTO wrong
+    FROM (
+        SELECT c.frame_id, CASE
+            WHEN (
+                SELECT f.status = 'done' AND f.account_id = c.account_id
+                       AND CASE WHEN f.reused
+                           THEN c.method = 'reuse' AND c.quantity = 1 AND c.price_id = (
+                               SELECT k.reuse_price_id FROM job_keys AS k
+                               WHERE k.job_id = f.job_id AND k.key_no = f.key_no)
+                           ELSE c.method <> 'reuse' AND c.quantity = f.quantity AND c.price_id = f.price_id END
+                FROM frames AS f WHERE f.id = c.frame_id
+            ) IS NOT TRUE THEN 'which is not done at that price'
+            WHEN (
+                SELECT (p.method, p.currency, p.rate) = (c.method, c.currency, c.rate)
+                FROM prices AS p WHERE p.id = c.price_id
+            ) IS NOT TRUE THEN 'at another rate than its price''s' END AS fault
+        FROM charged AS c
+    ) AS f
+    WHERE f.fault IS NOT NULL
     LIMIT 1;
     IF FOUND THEN
-        RAISE EXCEPTION 'charge for frame %, which is not done at that price', wrong
-            USING ERRCODE = 'integrity_constraint_violation';
-    END IF;
-    SELECT c.frame_id INTO wrong
-    FROM charged AS c
-    WHERE (SELECT (p.method, p.currency, p.rate) = (c.method, c.currency, c.rate)
-           FROM prices AS p WHERE p.id = c.price_id) IS NOT TRUE
-    LIMIT 1;
-    IF FOUND THEN
-        RAISE EXCEPTION 'charge for frame % at another rate than its price''s', wrong
+        RAISE EXCEPTION 'charge for frame %, %', wrong.frame_id, wrong.fault
             USING ERRCODE = 'integrity_constraint_violation';
     END IF;
     RETURN NULL;
