@@ -49,6 +49,7 @@ def test_what_is_wrong_is_said_before_anything_is_sent(farm: Command, tmp_path: 
     unknown = farm("submit", "a", "--lora", "ink@0.5")
 
     assert (missing.code, control.code, scale.code, unknown.code) == (2, 2, 2, 1)
-    assert "none.png" in "".join(missing.err.split("│")).replace("\n", "").replace(" ", "")  # however it is wrapped
+    shown = missing.err.replace("│", "").replace("\n", "").replace(" ", "")  # however it is wrapped
+    assert "none.png" in shown
     assert "NET=IMAGE" in control.err
     assert "spec.loras[0].name" in unknown.err

@@ -26,6 +26,8 @@ def downgrade() -> None:
     op.execute("DROP TABLE delivered_upto")
     op.execute("DROP TABLE delivered")
     op.execute("DROP TRIGGER usage_fixed ON usage")
-    op.execute("CREATE TRIGGER usage_fixed BEFORE UPDATE ON usage FOR EACH ROW EXECUTE FUNCTION usage_fixed()")
+    op.execute(
+        "CREATE TRIGGER usage_fixed BEFORE UPDATE ON usage FOR EACH ROW EXECUTE FUNCTION usage_fixed()"
+    )
     op.get_bind().exec_driver_sql(BEFORE.replace("%", "%%"))
     op.execute("DROP FUNCTION attached(regclass)")
