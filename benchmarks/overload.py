@@ -36,6 +36,7 @@ from farm.submissions import Submission
 
 OVERLOAD = 1.3
 FEED_EVERY_S = 0.5
+FULL_FRAMES = 16  # on the device: 32 rows, of guided ones two a frame
 URGENT_SHARE = 1 / 60  # of the frames the farm can do
 URGENT = {"model": MODEL, "prompt": "a red circle", "steps": 20, "guidance": 4.0}
 SETTINGS = [  # of bulk: steps, guidance, sampler
@@ -108,7 +109,7 @@ def _measure(owners: Sequence[Caller], size: Size, log: Path) -> dict[str, float
     spans: list[tuple[float, float]] = []
     sent: dict[UUID, float] = {}
     with _fed(owners, OVERLOAD * images_per_s) as fed:
-        time.sleep(2)  # until the device is full
+        harness.until(lambda: harness.how_many(list(fed), "status = 'claimed'") >= FULL_FRAMES, limit_s=60)
         for _ in range(size.stretches):
             spans.append(_stretch(size.stretch_s))
             with _urgent_now_and_then(owners[3], 1 / (URGENT_SHARE * images_per_s)) as came:

@@ -1,7 +1,7 @@
 -- Claim one pack: the head frame and its kin, up to :frames of them. First from the head's own lane, then from
--- any runnable job with the same key in a class above :above, oldest first; a suspect alone. Both searches look at 256 jobs at most: if they
--- find nothing (its job was paused since, or stands behind that many), the head frame goes alone. A model that packs
--- by shape is claimed with shape_key in place of k.call_key, which farm/queue.py puts there.
+-- any runnable job with the same key in a class above :above, oldest first; a suspect alone. Both searches look at
+-- 256 jobs at most: if they find nothing (its job was paused since, or stands behind that many), the head frame goes
+-- alone. A model that packs by shape is claimed with shape_key in place of k.call_key, which farm/queue.py puts there.
 --
 -- SKIP LOCKED: two workers neither wait for nor get the same frame. Lanes are locked in the order of their
 -- keys before they are charged: bumped in no order they gave 10 deadlocks in 20,000 frames (DESIGN.md). By a join, no
