@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FRAMES ?= 200
+EXAMPLES ?= 300
 
-.PHONY: demo test check lint types layers drift format bench chaos constraints clean help
+.PHONY: demo test check lint types layers drift format bench schema chaos constraints clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -38,6 +39,9 @@ format: $(STAMP) ## let ruff write it
 bench: $(STAMP) ## the figures of the README
 	@for file in benchmarks/[a-z]*.py; do \
 		name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+schema: $(STAMP) ## send every operation of the OpenAPI whatever its schema allows and what not: make schema EXAMPLES=300
+	FARM_SCHEMA_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -m slow --timeout 36000 tests/test_schema.py
 
 chaos: $(STAMP) ## kill everything while it renders, and check that nothing is lost or billed twice: make chaos FRAMES=2000
 	FRAMES=$(FRAMES) $(BIN)/python -m pytest -m slow -k chaos --timeout 3600 tests

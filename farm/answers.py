@@ -24,6 +24,7 @@ class Counts(Answer):
     failed: int
     cancelled: int
     waiting: int = Field(0, description="of those queued: they wait for an equal frame's image")
+    staged: int = Field(0, description="of those queued: they wait for the job to be approved")
     reused: int = Field(0, description="of those done: their image was made for an equal frame")
 
 
@@ -32,6 +33,8 @@ class JobUrls(Answer):
     frames: str
     sheet: str
     cancel: str
+    manifest: str = ""
+    archive: str = ""
 
 
 class Job(Answer):
@@ -39,7 +42,10 @@ class Job(Answer):
 
     id: str = Field(examples=["job_0192f0c1a2b37c4d8e5f6a7b8c000000"])
     name: str | None
-    status: str = Field(description="staged, queued, running, paused, finished or cancelled")
+    status: str = Field(
+        description="queued, running, staged once its proof is made and until it is approved, paused, waiting for its"
+        " start or for other jobs, late while what is not done by its deadline fails, finished or cancelled"
+    )
     priority: int = Field(description="0 to 9, 9 most urgent")
     frames: int
     counts: Counts
@@ -50,6 +56,17 @@ class Job(Answer):
     charged: str = Field(description="what its finished frames cost")
     created_at: datetime
     ended_at: datetime | None
+    start_after: datetime | None = None
+    deadline: datetime | None = None
+    on_late: str | None = Field(None, description="fail or demote")
+    late_at: datetime | None = Field(None, description="when its deadline was seen to have passed")
+    max_parallel: int | None = None
+    after: list[str] = Field([], description="jobs that have to end first")
+    after_ok: list[str] = Field([], description="jobs that have to be all done first")
+    rate: float | None = Field(None, description="images a second of late; null: none, or not running")
+    eta: datetime | None = Field(None, description="when it is done at this rate")
+    proof: int | None = Field(None, description="images that are rendered before the rest is approved")
+    approved_at: datetime | None = None
     urls: JobUrls
 
     @property
@@ -61,6 +78,63 @@ class Job(Answer):
 class Jobs(Answer):
     jobs: list[Job]
     next: str | None = Field(description="send it as ?before= for the older ones; null: there are none")
+
+
+class BulkUrls(Answer):
+    self: str
+    errors: str
+    job: str | None
+
+
+class Bulk(Answer):
+    """A bulk upload: a file of lines that becomes a job."""
+
+    id: str = Field(examples=["blk_0192f0c1a2b37c4d8e5f6a7b8c000000"])
+    status: str = Field(description="open, accepted, refused or discarded")
+    mode: str = Field(description="all_or_nothing or accept_good")
+    format: str = Field(description="ndjson, csv or matrix")
+    name: str | None
+    received: int = Field(description="bytes that are in: go on from there; of a matrix images")
+    lines: int
+    good: int = Field(description="lines that are images")
+    bad: int = Field(description="lines that are not; the errors say why")
+    job: str | None = Field(description="the job it became")
+    created_at: datetime
+    ended_at: datetime | None
+    urls: BulkUrls
+
+
+class Bulks(Answer):
+    uploads: list[Bulk]
+    next: str | None = Field(description="send it as ?before= for the older ones; null: there are none")
+
+
+class BulkError(Answer):
+    """What is wrong with a field of a line."""
+
+    line: int = Field(description="of the file, from 1; of CSV the first one names the columns")
+    custom_id: str | None
+    field: str = Field(examples=["width"])
+    value: Any = Field(None, description="what came; long values are cut")
+    allowed: str = Field(examples=["allowed are multiples of 8 from 64 to 128"])
+
+
+class PreviewedSpec(Answer):
+    index: int
+    seed: int | None = Field(description="null: drawn at random")
+    spec: dict[str, Any]
+
+
+class BulkPreview(Answer):
+    """What a matrix comes to."""
+
+    count: int = Field(description="images")
+    prompts: int
+    combinations: int = Field(description="of all but prompts and seeds")
+    seeds: int
+    quoted: str = Field(description="what they cost at most")
+    currency: str
+    specs: list[PreviewedSpec] = Field(description="the first ones")
 
 
 class ImageFile(Answer):
@@ -115,16 +189,41 @@ class Frame(Answer):
     id: str = Field(examples=["frm_0192f0c1a2b37c4d8e5f6a7b8c000001"])
     job: str
     index: int
+    custom_id: str | None = Field(None, description="what the line of a bulk upload called it")
     status: str = Field(description="queued, claimed, done, failed, cancelled, waiting, staged or rejected")
     progress: float = Field(description="0 to 1; the steps that were made while it is claimed")
     attempts: int = Field(description="packs it took down alone")
     seed: int
     spec: dict[str, Any]
+    revised_prompt: str | None = Field(
+        None, description="what was rendered, where style or prompt help made it another than was sent"
+    )
     cost: str | None = Field(description="what it was charged; null while it is not done")
     reused: bool = Field(False, description="its image was made for an equal frame; charged as such")
     image: ImageFile | None
     reason: str | None = Field(description="why it failed")
     ended_at: datetime | None
+
+
+class ManifestLine(Answer):
+    """A frame, as a line of its job's manifest."""
+
+    index: int
+    custom_id: str | None = Field(description="as it was sent with the frame")
+    frame: str
+    status: str
+    file: str | None = Field(description="what its image is called in archives; null: there is none")
+    url: str | None
+    sha256: str | None
+    bytes: int | None
+    width: int | None
+    height: int | None
+    content_type: str | None
+    seed: int
+    model: str
+    cost: str | None = Field(description="what it was charged; null while it is not done")
+    currency: str
+    reason: str | None = Field(description="why it failed")
 
 
 class VersionChange(Answer):
@@ -183,9 +282,95 @@ class Event(Answer):
     at: datetime
 
 
+class FrameStep(Answer):
+    index: int
+    progress: float = Field(description="0 to 1")
+
+
+class Steps(Answer):
+    """How far frames on a device are: of a stream, kept nowhere."""
+
+    job: str
+    frames: list[FrameStep]
+
+
+class Preview(Answer):
+    """What a frame on a device looks like: of a stream, kept nowhere."""
+
+    job: str
+    index: int
+    content_type: str
+    image: str = Field(description="base64")
+
+
 class Events(Answer):
     events: list[Event]
     next: int = Field(description="send it as ?after= for what happens next")
+
+
+class Webhook(Answer):
+    """Who is told of the account's events, or of one job's."""
+
+    id: str = Field(examples=["whk_0192f0c1a2b37c4d8e5f6a7b8c000000"])
+    url: str
+    kinds: list[str] = Field(examples=[["job.*", "frame.failed"]])
+    description: str | None
+    job: str | None = Field(description="the one job it is told of; null: all of them")
+    created_at: datetime
+    disabled: str | None = Field(
+        description="asked, gone (it answered 410) or failing (for 5 days); null: it is not"
+    )
+    disabled_at: datetime | None
+    failing_since: datetime | None = Field(description="nothing it was sent since was taken")
+    behind: bool = Field(description="so many deliveries wait that the rest of the events do so undelivered")
+    version: int = Field(description="of its secret")
+    rotated_at: datetime | None = Field(description="the secret before signs too for a day")
+
+
+class NewWebhook(Webhook):
+    """A webhook with its secret: keep it, it is not shown again."""
+
+    secret: str = Field(examples=["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"])
+
+
+class Webhooks(Answer):
+    webhooks: list[Webhook]
+
+
+class NewSecret(Answer):
+    """What signs the callbacks of the account's jobs: keep it, it is not shown again."""
+
+    version: int
+    secret: str
+
+
+class Try(Answer):
+    """One time something was sent."""
+
+    at: datetime
+    ms: int = Field(description="until it was answered, or given up")
+    status: int | None = Field(description="of HTTP; null: nothing was answered")
+    answer: str = Field(description="how its body begins")
+    error: str | None
+
+
+class Delivery(Answer):
+    """An event on its way to a webhook."""
+
+    id: int
+    kind: str = Field(examples=["job.finished"])
+    event: int | None = Field(description="its number; null: a test")
+    status: str = Field(description="pending, delivered or failed")
+    tries: int
+    next_at: datetime | None = Field(description="when it is tried again, or later; null: it has ended")
+    created_at: datetime
+    ended_at: datetime | None
+    log: list[Try] = Field(description="the last 20 tries")
+
+
+class Deliveries(Answer):
+    deliveries: list[Delivery]
+    next: int | None = Field(description="send it as ?before= for the older ones; null: there are none")
 
 
 class UsageLine(Answer):
@@ -275,8 +460,19 @@ class Model(Answer):
     measured: list[Measured] = Field([], description="on devices of this farm, newest only")
 
 
+class ModelListed(Answer):
+    """A model, as OpenAI's API lists them."""
+
+    id: str
+    object: str = "model"
+    created: int = Field(0, description="always 0: models are part of the farm's catalog")
+    owned_by: str = "farm"
+
+
 class Models(Answer):
     models: list[Model]
+    object: str = "list"
+    data: list[ModelListed] = Field([], description="the same, as OpenAI's API lists them")
 
 
 class Caller(Answer):
@@ -287,6 +483,11 @@ class Caller(Answer):
     currency: str
     key: str
     role: str = Field(description="read, submit or admin; each may what the one before may")
+    scopes: list[str] = Field([], description="what the key may do")
+    # clients of Replicate ask here too
+    type: str = Field("organization", description="for clients of Replicate")
+    username: str = Field("", description="the name, for clients of Replicate")
+    github_url: None = None
 
 
 class Account(Answer):
@@ -314,6 +515,11 @@ class Key(Answer):
     version: int
     created_at: datetime
     revoked_at: datetime | None
+    name: str | None = None
+    scopes: list[str] = Field([], description="what it may do")
+    expires_at: datetime | None = Field(None, description="it opens nothing from then on")
+    previous_until: datetime | None = Field(None, description="the secret before this one opens until then")
+    last_used_at: datetime | None = Field(None, description="within a minute or two; null: never")
 
 
 class Keys(Answer):
@@ -322,6 +528,34 @@ class Keys(Answer):
 
 class NewKey(Key):
     api_key: str = Field(description="the key's text, shown this once")
+
+
+class Rates(Answer):
+    """Requests a second, in the long run."""
+
+    reads_per_s: float = Field(description="GET and HEAD")
+    writes_per_s: float = Field(description="everything else")
+    submissions_per_s: float = Field(description="of those, what makes jobs")
+    burst_s: float = Field(description="what was not used for so many seconds may be used at once")
+
+
+class Filled(Answer):
+    """What there is of something that is limited."""
+
+    used: int
+    allowed: int
+
+
+class Limits(Answer):
+    """What an account may do at most, and what of it is used."""
+
+    account: str
+    key: str | None = Field(description="the API key these rates are for; null: none but the account's")
+    account_rates: Rates
+    key_rates: Rates | None
+    open_frames: Filled = Field(description="frames that have not ended")
+    inputs: Filled = Field(description="input images")
+    input_bytes: Filled
 
 
 class PackInHand(Answer):

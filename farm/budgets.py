@@ -107,21 +107,29 @@ class Room:
 
 
 def admit(
-    db: Session, caller: Caller, needed: Decimal, *, then: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    db: Session,
+    caller: Caller,
+    needed: Decimal,
+    *,
+    first: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    then: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> None:
     """Let the job that this transaction stored count, or refuse it; the last thing before the commit.
 
-    Until then nobody else of an account with a budget is admitted. then: statements that come last of all, sent along.
+    Until then nobody else of an account with a budget is admitted. first: statements that store it; then: such as come
+    last of all; sent along.
     Raises BudgetExceeded with what is needed and what is left.
     """
-    locked, uses, *_ = together(
+    found = together(
         db,
         [
+            *first,
             ("budget_lock", {"lock": LOCK, "account_id": caller.account_id}),
             ("budget_use", {"accounts": [caller.account_id], "key": caller.key_id}),
             *then,
         ],
     )
+    locked, uses = found[len(first) : len(first) + 2]
     if locked:
         _refuse_over(map(_use, uses), needed=needed, stored=True)
 

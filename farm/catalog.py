@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from farm.errors import Misconfigured
 from farm.settings import settings
@@ -151,6 +151,8 @@ class Speed(_Entry):
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,62}$")]
+# what other services call it: in requests of their APIs it stands for the name
+Alias = Annotated[str, Field(pattern=r"^[\w.:/-]{1,127}$")]
 # what a frame may ask for beside text: see farm/features.py
 Feature = Literal[
     "image", "mask", "control", "loras", "second_pass", "clip_skip", "prompt_weights", "long_prompt"
@@ -162,6 +164,7 @@ class Model(_Entry):
 
     name: Name
     title: str
+    aliases: tuple[Alias, ...] = ()
     family: str
     pipeline: str
     source: str = Field(pattern=r"^(builtin|hub|dir):.+")
@@ -261,6 +264,10 @@ class Catalog(Mapping[str, Model]):
 
     def __init__(self, models: list[Model]) -> None:
         self._models = {m.name: m for m in models}
+        self._aliases = {m.name.lower(): m for m in models}
+        for model in models:
+            for alias in model.aliases:
+                self._aliases.setdefault(alias.lower(), model)
 
     def __getitem__(self, name: str) -> Model:
         return self._models[name]
@@ -270,6 +277,22 @@ class Catalog(Mapping[str, Model]):
 
     def __len__(self) -> int:
         return len(self._models)
+
+    def named(self, name: str) -> Model | None:
+        """The model of this name or alias, whatever its case."""
+        return self._aliases.get(name.lower())
+
+    @property
+    def default(self) -> Model:
+        """What requests of other APIs get that name no model: FARM_DEFAULT_MODEL, or the catalog's first.
+
+        Raises Misconfigured if the setting names none.
+        """
+        wanted = settings().default_model
+        found = self.named(wanted) if wanted else next(iter(self._models.values()), None)
+        if found is None:
+            raise Misconfigured(f"there is no model {wanted!r}", setting="FARM_DEFAULT_MODEL")
+        return found
 
     def pools(self) -> list[str]:
         return sorted({pool for m in self.values() for pool in m.served_by})
@@ -295,9 +318,19 @@ def read(path: Path) -> Catalog:
         tables = tomllib.loads(path.read_text())
         families = {**_built_in_families(), **tables.get("families", {})}
         entries = tables["models"].items()
-        return Catalog([Model(name=name, **{**families.get(t["family"], {}), **t}) for name, t in entries])
-    except (OSError, tomllib.TOMLDecodeError, KeyError, ValidationError) as e:
+        models = [Model(name=name, **{**families.get(t["family"], {}), **t}) for name, t in entries]
+        _refuse_shared_aliases(models)
+        return Catalog(models)
+    except (OSError, tomllib.TOMLDecodeError, KeyError, ValueError) as e:
         raise Misconfigured(f"catalog {path}: {type(e).__name__}: {e}", setting="FARM_CATALOG") from e
+
+
+def _refuse_shared_aliases(models: list[Model]) -> None:
+    names: dict[str, str] = {m.name.lower(): m.name for m in models}
+    for model in models:
+        for alias in model.aliases:
+            if (other := names.setdefault(alias.lower(), model.name)) != model.name:
+                raise ValueError(f"alias {alias!r} is of {other} and of {model.name}")
 
 
 @cache

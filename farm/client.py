@@ -7,14 +7,16 @@
         image = farm.image(job.id, 0)
 
 Errors are those of farm.errors, as the farm raised them. What is safe to send twice is sent again while the
-farm does not answer, or answers 429 or 503: a job under one idempotency key, so that it is accepted once.
+farm does not answer, or answers 429 or 503, after what its Retry-After says: what creates something under one
+idempotency key, so that it is done once.
 """
 
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
@@ -22,15 +24,19 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from farm import answers, errors
+from farm import answers, errors, sending, streams, transfers
 from farm.answers import (
     Account,
     Answer,
     Audit,
     Budgets,
+    Bulk,
+    BulkError,
+    BulkPreview,
     Caller,
     DatedPrice,
     DeletedImages,
+    Delivery,
     Event,
     Frame,
     Hourly,
@@ -39,25 +45,33 @@ from farm.answers import (
     Input,
     Job,
     Key,
+    Limits,
+    ManifestLine,
     Margin,
     Model,
     NewKey,
+    NewSecret,
+    NewWebhook,
+    Preview,
     Provenance,
     Quote,
     Reversal,
     Statement,
     StatementSummary,
+    Steps,
     Usage,
     UsageEntry,
+    Webhook,
     Worker,
 )
-from farm.errors import Away, FarmError, Fault, Invalid
+from farm.errors import Away, FarmError, Fault, InProgress, Invalid
 from farm.settings import settings
 
 Spec = Mapping[str, Any] | BaseModel  # what is left out, the model's catalog entry decides
 A = TypeVar("A", bound=Answer)
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
+WAIT_S = 20.0  # the longest one call waits for a job's end
 TRY_AGAIN = (429, 502, 503, 504)
 EXPORTED = 20_000  # rows of usage held at a time
 IMAGES = 200  # that the farm reads for one page of an audit
@@ -108,11 +122,24 @@ class Farm:
         quote: str | None = None,
         budget: str | None = None,
         reuse: bool = True,
+        webhook: str | Mapping[str, Any] | None = None,
+        after: Sequence[str] = (),
+        after_ok: Sequence[str] = (),
+        start_after: datetime | None = None,
+        deadline: datetime | None = None,
+        on_late: str | None = None,
+        max_parallel: int | None = None,
+        proof: int | None = None,
         idempotency_key: str | None = None,
     ) -> Job:
         """Send a job of one spec or many. It is durable when this returns.
 
+        after, after_ok: jobs that have to end before, or to be all done. start_after: nothing is rendered before.
+        deadline: what is not done by then fails, or goes on as bulk with on_late="demote". max_parallel: frames that
+        are rendered at once, at most. proof: render so many, the first; the rest waits for approve().
+
         quote: the id of one for just these specs. budget: the most the job may cost, as text.
+        webhook: a URL to tell how it ends, or url and kinds.
         reuse: frames whose seed is given may be answered with an image that was made of the same spec and seed.
         Under an idempotency key a job is accepted once; without one, each call makes another.
         Raises Invalid with a fault for each field that is not allowed.
@@ -120,6 +147,11 @@ class Farm:
         body = _submission(spec, priority=priority, name=name, quote=quote, budget=budget)
         if not reuse:
             body["reuse"] = False
+        timing = {"after": list(after), "after_ok": list(after_ok), "start_after": start_after, "deadline": deadline,
+                  "on_late": on_late, "max_parallel": max_parallel, "proof": proof}  # fmt: skip
+        body |= _plain_times({k: v for k, v in timing.items() if v})
+        if webhook is not None:
+            body["webhook"] = {"url": webhook} if isinstance(webhook, str) else dict(webhook)
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return self._ask(Job, "POST", "/v1/jobs", json=body, headers=headers)
 
@@ -128,7 +160,7 @@ class Farm:
     ) -> Quote:
         """What such a job costs at most; submitted with the quote's id it does, whatever prices are by then."""
         body = _submission(spec, priority=priority, budget=budget)
-        return self._ask(Quote, "POST", "/v1/quotes", json=body)
+        return self._ask(Quote, "POST", "/v1/quotes", json=body, once=True)
 
     def job(self, job: str) -> Job:
         return self._ask(Job, "GET", _path("jobs", job))
@@ -141,15 +173,98 @@ class Farm:
         return self._ask(answers.Jobs, "GET", "/v1/jobs", params=asked).jobs
 
     def watch(self, job: str) -> Iterator[Job]:
-        """The job as it is now, again and again until it has ended; the last one has."""
-        wait_s = FIRST_WAIT_S
+        """The job as it is now, again and again until it has ended, or waits to be approved."""
+        wait_s, now = FIRST_WAIT_S, self.job(job)
         while True:
-            now = self.job(job)
             yield now
-            if now.ended:
+            if now.ended or now.status == "staged":
                 return
-            time.sleep(wait_s)
+            began = time.monotonic()
+            now = self._ask(Job, "GET", _path("jobs", job), params={"wait": f"{wait_s:.2f}"})
+            if not now.ended:  # a farm that does not wait must not be asked all the time
+                time.sleep(max(0.0, wait_s - (time.monotonic() - began)))
             wait_s = min(1.0, wait_s * 1.3)
+
+    def wait(self, job: str, *, timeout_s: float | None = None) -> Job:
+        """The job once it has ended, or as it is when the time is up."""
+        give_up = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left = WAIT_S if give_up is None else min(WAIT_S, give_up - time.monotonic())
+            began = time.monotonic()
+            now = self._ask(Job, "GET", _path("jobs", job), params={"wait": f"{max(0.0, left):.2f}"})
+            if now.ended or (give_up is not None and time.monotonic() >= give_up):
+                return now
+            if time.monotonic() - began < min(left, FIRST_WAIT_S):
+                time.sleep(FIRST_WAIT_S)
+
+    # -------------------------------------------------------------------------------------------- bulk
+
+    def start_bulk(self, facts: Mapping[str, Any], *, idempotency_key: str | None = None) -> Bulk:
+        """Start an upload of lines, or with `matrix` among the facts submit one. See docs/bulk.md for the facts."""
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return self._ask(Bulk, "POST", "/v1/bulk", json=dict(facts), headers=headers)
+
+    def send_file(
+        self,
+        path: Path,
+        facts: Mapping[str, Any] | None = None,
+        *,
+        upload: str | None = None,
+        idempotency_key: str | None = None,
+        tell: Callable[[Bulk], object] = lambda upload: None,
+    ) -> Bulk:
+        """Send a file of lines, NDJSON or CSV by its name, as one job; it goes on by itself after a cut connection.
+
+        upload: one that was started before and is to go on. tell: called with the upload after each part.
+        Raises Invalid with the first faults if the file is refused.
+        """
+        if upload is None:
+            facts = {**(facts or {}), "format": sending.format_of(path)}
+            started = self.start_bulk(facts, idempotency_key=idempotency_key)
+        else:
+            started = self.bulk(upload)
+        tell(started)
+        return sending.send(self, path, started, tell=tell)
+
+    def append_bulk(
+        self, upload: str, data: bytes, *, offset: int, content_type: str, finish: bool = False
+    ) -> Bulk:
+        """Send bytes of the file from an offset on. Raises Conflict with the `offset` where the upload is."""
+        asked = {"offset": offset, "finish": finish or None}
+        headers = {"Content-Type": content_type}
+        return self._ask(
+            Bulk, "PATCH", _path("bulk", upload), params=asked, content=data, headers=headers, once=True
+        )
+
+    def finish_bulk(self, upload: str) -> Bulk:
+        """Make what was sent a job."""
+        return self._ask(Bulk, "POST", _path("bulk", upload, "finish"))
+
+    def bulk(self, upload: str) -> Bulk:
+        return self._ask(Bulk, "GET", _path("bulk", upload))
+
+    def bulks(self, *, limit: int = 50, before: str | None = None) -> list[Bulk]:
+        """The account's bulk uploads, newest first."""
+        return self._ask(answers.Bulks, "GET", "/v1/bulk", params={"limit": limit, "before": before}).uploads
+
+    def discard_bulk(self, upload: str) -> None:
+        """Give up an upload. Raises Conflict if it is a job by now."""
+        self._send("DELETE", _path("bulk", upload))
+
+    def bulk_errors(self, upload: str) -> list[BulkError]:
+        """What is wrong with which line."""
+        lines = self._send("GET", _path("bulk", upload, "errors")).text.splitlines()
+        return [BulkError.model_validate_json(line) for line in lines]
+
+    def preview_bulk(self, facts: Mapping[str, Any], *, limit: int = 20) -> BulkPreview:
+        """What a matrix comes to, and what it costs."""
+        return self._ask(
+            BulkPreview, "POST", "/v1/bulk/preview", json=dict(facts), params={"limit": limit}, once=True
+        )
+
+    def approve(self, job: str) -> Job:
+        """Hand out what stands behind a job's proof."""
+        return self._ask(Job, "POST", _path("jobs", job, "approve"))
 
     # -------------------------------------------------------------------------------------------- inputs
 
@@ -185,15 +300,51 @@ class Farm:
         return self._ask(Job, "POST", _path("jobs", job, "resume"))
 
     def reprioritise(self, job: str, priority: int | str) -> Job:
-        return self._ask(Job, "PATCH", _path("jobs", job), json={"priority": priority})
+        return self.change_job(job, {"priority": priority})
+
+    def change_job(self, job: str, changes: Mapping[str, Any]) -> Job:
+        """Change priority, start_after, deadline, on_late or max_parallel; None: there is none any more."""
+        return self._ask(Job, "PATCH", _path("jobs", job), json=_plain_times(changes))
 
     def sheet(self, job: str) -> bytes:
         """The job's contact sheet, a PNG."""
         return self._send("GET", _path("jobs", job, "sheet")).content
 
-    def events(self, job: str, *, after: int = 0) -> list[Event]:
+    def past_events(self, job: str, *, after: int = 0, kinds: Sequence[str] = ()) -> list[Event]:
         """What happened to a job since the event of that number, in order; 1000 at most."""
-        return self._ask(answers.Events, "GET", _path("jobs", job, "events"), params={"after": after}).events
+        asked = {"after": after, "kinds": ",".join(kinds) or None}
+        return self._ask(answers.Events, "GET", _path("jobs", job, "events"), params=asked).events
+
+    def events(self, job: str, *, after: int = 0, kinds: Sequence[str] = ()) -> Iterator[Event]:
+        """What happens to a job, from the event after that number until it has ended: in order, each once.
+
+        It waits for what comes, and goes on by itself where a connection broke. kinds: as job.*, frame.failed.
+        """
+        for told in self.follow(job, after=after, kinds=kinds):
+            if isinstance(told, Event):
+                yield told
+
+    def follow(
+        self,
+        job: str | None = None,
+        *,
+        after: int | None = None,
+        kinds: Sequence[str] = (),
+        previews: bool = False,
+    ) -> Iterator[Event | Steps | Preview]:
+        """As events(), with how far frames on a device are and, if asked for, what they look like.
+
+        Without a job, what happens to all the account's, from now on or after that number, without end.
+        """
+        asked = {"kinds": ",".join(kinds) or None, "previews": previews or None}
+        return streams.follow(
+            self._http,
+            "/v1/events" if job is None else _path("jobs", job, "events"),
+            after=after,
+            params={k: v for k, v in asked.items() if v is not None},
+            patience_s=self._patience_s,
+            refused=_error,
+        )
 
     # -------------------------------------------------------------------------------------------- frames
 
@@ -224,6 +375,26 @@ class Farm:
         """
         return self._send("GET", _path("jobs", job, "frames", str(index), "image")).content
 
+    def manifest(
+        self, job: str, *, after: int | None = None, limit: int | None = None, signed: bool = False
+    ) -> Iterator[ManifestLine]:
+        """Every frame of a job in order, with its image's URL and hash and what it cost; those after an index.
+
+        It is read as it comes, and goes on by itself where a connection broke. signed: URLs that need no key.
+        """
+        return transfers.manifest(
+            self._http, _path("jobs", job, "manifest"), after=after, limit=limit, signed=signed,
+            patience_s=self._patience_s, refused=_error,
+        )  # fmt: skip
+
+    def archive(self, job: str, form: str = "zip") -> Iterator[bytes]:
+        """A job's images as one zip or tar with a manifest.csv, some bytes at a time.
+
+        Raises Away if it breaks off: what came is of no use then.
+        """
+        path = _path("jobs", job, "archive")
+        return transfers.pieces(self._http, path, params={"format": form}, refused=_error)
+
     def provenance(self, frame: str) -> Provenance:
         """What made a frame's image; of a rerender also whether it is the same."""
         return self._ask(Provenance, "GET", _path("frames", frame, "provenance"))
@@ -248,6 +419,12 @@ class Farm:
 
     def me(self) -> Caller:
         return self._ask(Caller, "GET", "/v1/account")
+
+    def limits(self, account: str | None = None, *, key: str | None = None) -> Limits:
+        """What the account may do at most, and what of it is used; another account's, for admins."""
+        if account is None:
+            return self._ask(Limits, "GET", "/v1/limits")
+        return self._ask(Limits, "GET", _path("accounts", account, "limits"), params={"key": key})
 
     def models(self) -> list[Model]:
         return self._ask(answers.Models, "GET", "/v1/models").models
@@ -303,9 +480,62 @@ class Farm:
         """What the account may spend, and what of it is gone."""
         return self._ask(Budgets, "GET", "/v1/budget", params={"account": account})
 
-    def account_events(self, *, after: int = 0) -> list[Event]:
+    def account_events(self, *, after: int = 0, kinds: Sequence[str] = ()) -> list[Event]:
         """What happened to the account's jobs and budgets since that event, in order; 1000 at most."""
-        return self._ask(answers.Events, "GET", "/v1/events", params={"after": after}).events
+        asked = {"after": after, "kinds": ",".join(kinds) or None}
+        return self._ask(answers.Events, "GET", "/v1/events", params=asked).events
+
+    # -------------------------------------------------------------------------------------------- webhooks
+
+    def add_webhook(
+        self, url: str, *, kinds: Sequence[str] = (), description: str | None = None
+    ) -> NewWebhook:
+        """Tell a URL of the account's events from now on; of job.* if no kinds are named. Only here is its secret."""
+        asked = {"url": url, "kinds": list(kinds) or None, "description": description}
+        body = {k: v for k, v in asked.items() if v is not None}
+        return self._ask(NewWebhook, "POST", "/v1/webhooks", json=body, once=True)
+
+    def webhooks(self, *, job: str | None = None) -> list[Webhook]:
+        """The account's webhooks, or a job's own callbacks."""
+        return self._ask(answers.Webhooks, "GET", "/v1/webhooks", params={"job": job}).webhooks
+
+    def webhook(self, webhook: str) -> Webhook:
+        return self._ask(Webhook, "GET", _path("webhooks", webhook))
+
+    def change_webhook(self, webhook: str, changes: Mapping[str, Any]) -> Webhook:
+        """Change url, kinds, description or disabled."""
+        return self._ask(Webhook, "PATCH", _path("webhooks", webhook), json=dict(changes))
+
+    def remove_webhook(self, webhook: str) -> None:
+        self._send("DELETE", _path("webhooks", webhook))
+
+    def rotate_webhook(self, webhook: str) -> NewWebhook:
+        """Give a webhook its next secret; the one before signs too for a day."""
+        return self._ask(NewWebhook, "POST", _path("webhooks", webhook, "rotate"), once=True)
+
+    def rotate_callbacks(self) -> NewSecret:
+        """Make the next secret that signs jobs' own callbacks; the one before signs too for a day."""
+        return self._ask(NewSecret, "POST", "/v1/webhooks/callbacks/rotate", once=True)
+
+    def test_webhook(self, webhook: str) -> Delivery:
+        """Send a webhook an event of kind webhook.test."""
+        return self._ask(Delivery, "POST", _path("webhooks", webhook, "test"), once=True)
+
+    def deliveries(
+        self, webhook: str, *, status: str | None = None, before: int | None = None, limit: int = 50
+    ) -> list[Delivery]:
+        """What a webhook was sent and what came of it, newest first."""
+        asked = {"status": status, "before": before, "limit": limit}
+        path = _path("webhooks", webhook, "deliveries")
+        return self._ask(answers.Deliveries, "GET", path, params=asked).deliveries
+
+    def delivery(self, webhook: str, delivery: int) -> Delivery:
+        return self._ask(Delivery, "GET", _path("webhooks", webhook, "deliveries", str(delivery)))
+
+    def redeliver(self, webhook: str, delivery: int) -> Delivery:
+        """Send a delivery once more, now."""
+        path = _path("webhooks", webhook, "deliveries", str(delivery), "redeliver")
+        return self._ask(Delivery, "POST", path, once=True)
 
     # -------------------------------------------------------------------------------------------- admins
 
@@ -368,6 +598,14 @@ class Farm:
         body = {"name": name, "currency": currency, "weight": weight}
         return self._ask(Account, "POST", "/v1/accounts", json=body, once=True)
 
+    def account(self, name: str) -> Account:
+        return self._ask(Account, "GET", _path("accounts", name))
+
+    def change_limits(self, account: str, changes: Mapping[str, Any], *, key: str | None = None) -> Limits:
+        """Change what an account, or one of its keys, may do at most: None for what the farm's settings say."""
+        body = {**changes, **({"key": key} if key is not None else {})}
+        return self._ask(Limits, "PATCH", _path("accounts", account, "limits"), json=body)
+
     def change_account(self, name: str, *, retention_days: int | None) -> Account:
         """Say for how many days after a job's end an account's images are kept; None: for ever."""
         body = {"retention_days": retention_days}
@@ -380,13 +618,35 @@ class Farm:
     def keys(self, account: str) -> list[Key]:
         return self._ask(answers.Keys, "GET", _path("accounts", account, "keys")).keys
 
-    def add_key(self, account: str, *, role: str = "submit") -> NewKey:
-        """Add an API key; its text is in api_key, and nowhere else."""
-        return self._ask(NewKey, "POST", _path("accounts", account, "keys"), json={"role": role}, once=True)
+    def key(self, key: str) -> Key:
+        return self._ask(Key, "GET", _path("keys", key))
 
-    def rotate_key(self, key: str) -> NewKey:
-        """Give a key its next secret; the one before stops working."""
-        return self._ask(NewKey, "POST", _path("keys", key, "rotate"), once=True)
+    def add_key(
+        self,
+        account: str,
+        *,
+        role: str | None = None,
+        scopes: Sequence[str] | None = None,
+        name: str | None = None,
+        expires_at: datetime | None = None,
+    ) -> NewKey:
+        """Add an API key; its text is in api_key, and nowhere else.
+
+        role: read, submit or admin, each may what the one before may; or scopes: some of them, and no more.
+        """
+        asked = {"role": role, "scopes": scopes and list(scopes), "name": name,
+                 "expires_at": expires_at and expires_at.isoformat()}  # fmt: skip
+        body = {k: v for k, v in asked.items() if v is not None}
+        return self._ask(NewKey, "POST", _path("accounts", account, "keys"), json=body, once=True)
+
+    def change_key(self, key: str, changes: Mapping[str, Any]) -> Key:
+        """Change a key's name, or its expires_at: None for never."""
+        return self._ask(Key, "PATCH", _path("keys", key), json=dict(changes))
+
+    def rotate_key(self, key: str, *, overlap_s: int = 0) -> NewKey:
+        """Give a key its next secret; the one before stops working, at once or after so many seconds."""
+        body = {"overlap_s": overlap_s}
+        return self._ask(NewKey, "POST", _path("keys", key, "rotate"), json=body, once=True)
 
     def revoke_key(self, key: str) -> Key:
         return self._ask(Key, "POST", _path("keys", key, "revoke"))
@@ -437,9 +697,16 @@ class Farm:
             raise FarmError(f"{self.url} answers like another program, or another version of the farm") from e
 
     def _send(self, method: str, path: str, *, once: bool = False, **request: Any) -> httpx.Response:
-        """Send a request, again while that may help. once: not after it may have been carried out."""
+        """Send a request, again while that may help.
+
+        once: it creates something. A POST is then sent under an idempotency key, made here and kept; anything else
+        is not sent again after it may have been carried out.
+        """
         if "params" in request:
             request["params"] = {k: v for k, v in request["params"].items() if v is not None}
+        if once and method == "POST":
+            request["headers"] = {"Idempotency-Key": str(uuid.uuid4()), **(request.get("headers") or {})}
+            once = False
         give_up = time.monotonic() + self._patience_s
         wait_s = FIRST_WAIT_S
         while True:
@@ -453,7 +720,7 @@ class Farm:
                 if response.is_success:
                     return response
                 error = _error(response)
-                again = not once and response.status_code in TRY_AGAIN
+                again = not once and (response.status_code in TRY_AGAIN or isinstance(error, InProgress))
                 pause_s = max(wait_s, _retry_after_s(response))
             if not again or time.monotonic() + pause_s > give_up:
                 raise error
@@ -471,6 +738,11 @@ def _submission(spec: Spec | Sequence[Spec], **facts: Any) -> dict[str, Any]:
     else:
         body = {"specs": [_plain(s) for s in spec]}
     return body | {k: v for k, v in facts.items() if v is not None}
+
+
+def _plain_times(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts as JSON carries them."""
+    return {k: v.isoformat() if isinstance(v, datetime) else v for k, v in facts.items()}
 
 
 def _plain(spec: Spec) -> dict[str, Any]:

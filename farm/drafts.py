@@ -43,19 +43,30 @@ class Drafted(NamedTuple):
 
 @dataclass(slots=True)
 class Draft:
-    """What a submission becomes: frames, and the distinct keys they carry by number."""
+    """What a submission becomes: frames, and the distinct keys they carry by number.
+
+    A key is a call key, and whether its frames stand behind the proof: those have keys of their own.
+    """
 
     frames: list[Drafted] = field(default_factory=list)
-    keys: dict[str, tuple[int, Spec, Model]] = field(default_factory=dict)
+    keys: dict[tuple[str, bool], tuple[int, Spec, Model]] = field(default_factory=dict)
+    proof: int | None = None
 
     def add(self, spec: Spec, model: Model, first_seed: int | None, count: int) -> None:
-        key_no = self.keys.setdefault(call_key(spec, model), (len(self.keys), spec, model))[0]
-        as_json = json.dumps(spec.to_json())
+        as_json, key = json.dumps(spec.to_json()), call_key(spec, model)
         first = random_seed() if first_seed is None else first_seed
-        self.frames.extend(
-            Drafted(spec, as_json, seed, first_seed is not None, key_no, model)
-            for seed in seeds(first, count)
-        )
+        all_seeds = seeds(first, count)
+        ahead = count if self.proof is None else min(count, max(0, self.proof - len(self.frames)))
+        for rest, part in ((False, all_seeds[:ahead]), (True, all_seeds[ahead:])):
+            if part:
+                key_no = self.keys.setdefault((key, rest), (len(self.keys), spec, model))[0]
+                self.frames.extend(
+                    Drafted(spec, as_json, seed, first_seed is not None, key_no, model) for seed in part
+                )
+
+    def rest(self) -> set[int]:
+        """The numbers of keys whose frames stand behind the proof."""
+        return {no for (_, rest), (no, _, _) in self.keys.items() if rest}
 
     def quote(self, rates: Mapping[str, pricing.Rate]) -> Decimal:
         """What all of it costs at most."""
@@ -86,19 +97,24 @@ class Draft:
         return {
             "models": [model.name for _, _, model in self.keys.values()],
             "shape_keys": [shape_key(spec, model) for _, spec, model in self.keys.values()],
-            "call_keys": list(self.keys),
+            "call_keys": [key for key, _ in self.keys],
+            "rests": [rest for _, rest in self.keys],
             "pixels": [spec.largest_pixels for _, spec, _ in self.keys.values()],
         }
 
 
 def draft(
-    asked: Iterable[tuple[str, Asked]], models: Catalog, given: Mapping[str, Given] = NOTHING_GIVEN
+    asked: Iterable[tuple[str, Asked]],
+    models: Catalog,
+    given: Mapping[str, Given] = NOTHING_GIVEN,
+    *,
+    proof: int | None = None,
 ) -> Draft:
-    """Resolve specs, each with its path in the body. given: the input images they name.
+    """Resolve specs, each with its path in the body. given: the input images they name. proof: frames that come first.
 
     Raises Invalid with the faults of every spec.
     """
-    made, faults, total = Draft(), [], 0
+    made, faults, total = Draft(proof=proof), [], 0
     for path, one in asked:
         spec = resolve(one, models, path=path, given=given)
         total += one.count

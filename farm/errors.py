@@ -7,9 +7,14 @@ FarmError                      500
 │   ├── Forbidden              403
 │   ├── NotFound               404
 │   ├── Conflict               409
+│   │   └── InProgress              the same request; it may be sent again soon
 │   ├── Gone                   410
 │   ├── TooLarge               413
-│   └── Invalid                422  one Fault for each field
+│   ├── Invalid                422  one Fault for each field
+│   │   └── LinesRefused            of a bulk upload, which it names
+│   └── TooMany                429  names what is allowed; Retry-After
+│       ├── RateLimited             requests of a key or an account
+│       └── QueueFull               frames that have not ended, of an account or of the farm
 ├── Away                       503  a service we stand on does not answer; Retry-After
 │   ├── DatabaseAway
 │   ├── BrokerAway
@@ -81,6 +86,10 @@ class Conflict(Refused):
     http_status = 409
 
 
+class InProgress(Conflict):
+    """The same request is being worked on; send it again in a moment."""
+
+
 class Gone(Refused):
     """It was here once, and has been removed."""
 
@@ -116,6 +125,32 @@ class Invalid(Refused):
 
     def __str__(self) -> str:
         return self.detail
+
+
+class LinesRefused(Invalid):
+    """Lines of the upload are not allowed; nothing of it stays."""
+
+    def __init__(self, faults: list[Fault], *, upload: str) -> None:
+        self.upload = upload
+        super().__init__(faults)
+
+
+class TooMany(Refused):
+    """More than is allowed just now; the same may be taken later."""
+
+    http_status = 429
+
+    def __init__(self, detail: str = "", *, retry_after_s: int = 1, **facts: Any) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(detail, retry_after_s=retry_after_s, **facts)
+
+
+class RateLimited(TooMany):
+    """Requests come faster than is allowed."""
+
+
+class QueueFull(TooMany):
+    """As many frames wait as are allowed to."""
 
 
 class Away(FarmError):

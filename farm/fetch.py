@@ -9,7 +9,10 @@ host.
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Sequence
+import ssl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from urllib.parse import urljoin
 
 import httpx
@@ -30,8 +33,20 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
+@dataclass(frozen=True, slots=True)
+class Received:
+    """What a server answered to what it was sent: its status, and the beginning of its body."""
+
+    status: int
+    text: str
+
+
 class NotFetched(Exception):
     """The farm does not fetch this, or could not: the text is for whoever sent the URL."""
+
+
+class _UnknownHost(NotFetched):
+    """Nobody knows the host by that name, now."""
 
 
 def is_public(address: str) -> bool:
@@ -110,6 +125,78 @@ async def _get(url: str, max_bytes: int) -> tuple[bytes, str, str | None]:
         return bytes(body), answer.headers.get("content-type", ""), None
 
 
+async def post(
+    url: str, body: bytes, *, headers: Mapping[str, str], within_s: float, most_bytes: int
+) -> Received:
+    """Send a body to a URL, and read no more than the beginning of the answer. Redirects are not followed.
+
+    Raises NotFetched if it could not be sent, or nothing was answered in time.
+    """
+    try:
+        async with asyncio.timeout(within_s):
+            return await _post(url, body, headers, within_s, most_bytes)
+    except TimeoutError:
+        raise NotFetched(f"nothing was answered within {within_s:g} s") from None
+    except httpx.HTTPError as e:
+        raise NotFetched(f"it could not be sent: {type(e).__name__}") from None
+
+
+async def _post(
+    url: str, body: bytes, headers: Mapping[str, str], within_s: float, most_bytes: int
+) -> Received:
+    host, port = _parts(url)
+    address = await _resolve(host, port)
+    target = httpx.URL(url).copy_with(host=address, fragment=None)
+    sent = {**headers, "Host": httpx.URL(url).netloc.decode(), "Accept-Encoding": "identity"}
+    async with (
+        httpx.AsyncClient(trust_env=False, timeout=within_s, verify=_certificates()) as client,
+        client.stream(
+            "POST", target, content=body, headers=sent, extensions={"sni_hostname": host}
+        ) as answer,
+    ):
+        text = bytearray()
+        async for part in answer.aiter_raw(most_bytes):
+            text += part
+            if len(text) >= most_bytes:
+                break
+        return Received(answer.status_code, bytes(text[:most_bytes]).decode(errors="replace"))
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Whom this process trusts; read once, it takes tens of milliseconds."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
+async def check(url: str, *, within_s: float, known: bool = False) -> None:
+    """Look whether something may be sent to a URL. Unless it has to be known, a host may become so later.
+
+    Raises NotFetched.
+    """
+    host, port = refuse_inside(url)
+    try:
+        async with asyncio.timeout(within_s):
+            await _resolve(host, port)
+    except (TimeoutError, _UnknownHost):
+        if known:
+            raise _UnknownHost("its host is unknown") from None
+
+
+def refuse_inside(url: str) -> tuple[str, int]:
+    """Host and port of a URL, without asking what a name stands for.
+
+    Raises NotFetched for what is no plain https URL, and for an address inside, however it is written.
+    """
+    host, port = _parts(url)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):  # it is a name
+        return host, port
+    if not _allowed_private(host) and not all(is_public(str(info[4][0])) for info in found):
+        raise NotFetched("its host is not on the public Internet")
+    return host, port
+
+
 def _parts(url: str) -> tuple[str, int]:
     """Host and port. Raises NotFetched for what is no plain https URL."""
     if len(url) > MAX_URL or any(ord(c) <= 32 or ord(c) == 127 or c == "\\" for c in url):
@@ -138,10 +225,10 @@ async def _resolve(host: str, port: int) -> str:
             host, port, type=socket.SOCK_STREAM
         )
     except (OSError, UnicodeError):
-        raise NotFetched("its host is unknown") from None
+        raise _UnknownHost("its host is unknown") from None
     addresses = [str(info[4][0]) for info in found]  # type: ignore[index]
     if not addresses:
-        raise NotFetched("its host is unknown")
+        raise _UnknownHost("its host is unknown")
     if not _allowed_private(host) and not all(is_public(a) for a in addresses):
         raise NotFetched("its host is not on the public Internet")
     return addresses[0]

@@ -19,7 +19,7 @@ from sqlalchemy import Select, func, or_, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from farm import ids, picture
+from farm import ids, limits, picture
 from farm.db import transaction
 from farm.errors import Away, Conflict, Fault, Gone, Invalid, NotFound, StorageAway
 from farm.features import Given
@@ -73,12 +73,13 @@ def look_at(data: bytes, content_type: str, *, field: str) -> Picture:
 def keep(account_id: UUID, data: bytes, found: Picture) -> tuple[UUID, bool]:
     """Store a file that was looked at, in transactions of its own. Returns its id, and False if it was there.
 
-    Raises StorageAway; the file may then be sent again.
+    Raises TooLarge if the account keeps as many as it may, StorageAway; the file may then be sent again.
     """
     digest = hashlib.sha256(data).digest()
     with transaction() as db:
         if (there := _touch(db, account_id, digest)) is not None:
             return there, False
+        limits.check_input(db, account_id, len(data))
         made = ids.new_id(ids.clock_ms(db))
         db.add(
             Input(
@@ -136,6 +137,15 @@ def known(db: Session, account_id: UUID, refs: Collection[str]) -> dict[str, Giv
 
     Raises NotFound for another account's as for one that does not exist, Gone for one that was removed.
     """
+    found = there(db, account_id, refs)
+    for ref in refs:
+        if ref not in found:
+            _miss(db, account_id, ref)
+    return found
+
+
+def there(db: Session, account_id: UUID, refs: Collection[str]) -> dict[str, Given]:
+    """Those of the account's inputs that are there, by how specs name them; they stay until this transaction ends."""
     if not refs:
         return {}
     by_id = {ids.parse("inp", ref): ref for ref in refs if ref.startswith("inp_")}
@@ -151,9 +161,6 @@ def known(db: Session, account_id: UUID, refs: Collection[str]) -> dict[str, Giv
         for ref in (by_id.get(row.id), by_hash.get(row.sha256)):
             if ref is not None:
                 found[ref] = Given(row.sha256.hex(), row.width, row.height)
-    for ref in refs:
-        if ref not in found:
-            _miss(db, account_id, ref)
     return found
 
 

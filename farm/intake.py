@@ -18,8 +18,9 @@ from celery import Celery, Task
 from celery.exceptions import Reject
 
 from farm import accounts, jobs, submissions, tokens
-from farm.accounts import Role
+from farm.accounts import Caller, Role
 from farm.api.bodies import read
+from farm.api.enhancer import helped
 from farm.api.inputs import taken
 from farm.api.params import checked_key
 from farm.db import transaction
@@ -63,7 +64,7 @@ def accept(body: Any, headers: Mapping[str, Any]) -> tuple[UUID, list[str]]:
         caller.require(Role.SUBMIT)
     as_json = json.dumps(body, sort_keys=True).encode()
     submission = read(Submission, as_json)  # as HTTP reads it: the same faults in the same words
-    submission = asyncio.run(taken(caller, submission, idempotency_key=idempotency_key))
+    submission = asyncio.run(_whole(caller, submission, idempotency_key))
     with transaction() as db:
         job_id, _ = submissions.submit(
             db,
@@ -73,6 +74,11 @@ def accept(body: Any, headers: Mapping[str, Any]) -> tuple[UUID, list[str]]:
             body_sha256=hashlib.sha256(as_json).digest(),
         )
         return job_id, jobs.models_of(db, job_id)
+
+
+async def _whole(caller: Caller, submission: Submission, idempotency_key: str | None) -> Submission:
+    """With what is fetched for it before it is submitted, as over HTTP."""
+    return await helped(await taken(caller, submission, idempotency_key=idempotency_key))
 
 
 def _header(headers: Mapping[str, Any], name: str, what_for: str) -> str:

@@ -1,29 +1,34 @@
 """Jobs: find, list, and the verbs that work on a whole job at once."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from farm import budgets, events, ids
+from farm import budgets, control, events, ids, queue
 from farm.db import sql
-from farm.errors import Conflict, Gone, NotFound
+from farm.errors import Conflict, Gone, Invalid, NotFound
 from farm.queue import FrameStatus
 from farm.tables import Count, Frame, IdempotencyKey, Image, Job, JobLane
 
+BITE = 500  # frames that a verb stages or queues at most
+BEHIND = (FrameStatus.QUEUED, FrameStatus.WAITING)  # what frames are that a proof holds back
+
 
 class JobStatus(StrEnum):
-    """What is stored; what is shown says queued or running for active."""
+    """What is stored; what is shown says queued, running or waiting for active."""
 
     STAGED = "staged"
     ACTIVE = "active"
     PAUSED = "paused"
+    LATE = "late"
     CANCELLED = "cancelled"
     FINISHED = "finished"
 
@@ -32,7 +37,8 @@ class JobStatus(StrEnum):
 class JobView:
     """A job as it is shown: its row, and how many of its frames are where.
 
-    waiting: of those queued, that wait for an equal one; reused: of those done.
+    waiting: of those queued, that wait for an equal one; staged: of those queued, that wait for the job to be approved;
+    reused: of those done.
     """
 
     id: UUID
@@ -53,6 +59,15 @@ class JobView:
     charged: Decimal
     created_at: datetime
     ended_at: datetime | None
+    start_after: datetime | None = None
+    deadline: datetime | None = None
+    on_late: str | None = None
+    late_at: datetime | None = None
+    max_parallel: int | None = None
+    after: tuple[tuple[UUID, bool], ...] = ()
+    proof: int | None = None
+    approved_at: datetime | None = None
+    staged: int = 0
 
 
 def find(db: Session, account_id: UUID, job_id: UUID) -> JobView:
@@ -64,6 +79,20 @@ def find(db: Session, account_id: UUID, job_id: UUID) -> JobView:
     if not views:
         raise NotFound(job=ids.public("job", job_id))
     return views[0]
+
+
+BLANK = ("ended_at", "start_after", "deadline", "on_late", "late_at", "max_parallel", "proof", "approved_at")
+
+
+def fresh(row: Mapping[str, Any]) -> JobView:
+    """A job that was accepted just now, by what its row says: nothing more is to be known of it."""
+    return _view(SimpleNamespace(**dict.fromkeys(BLANK), **row), None, 0, ())
+
+
+def some(db: Session, account_id: UUID, job_ids: Collection[UUID]) -> dict[UUID, JobView]:
+    """Those of these jobs that are the account's, by id."""
+    views = _views(db, select(Job).where(Job.id.in_(job_ids), Job.account_id == account_id))
+    return {v.id: v for v in views}
 
 
 def every(
@@ -81,6 +110,7 @@ def every(
 
 
 def _views(db: Session, query: Any) -> list[JobView]:
+    query = query.where(Job.status != JobStatus.STAGED)  # those are no jobs yet
     jobs: Sequence[Job] = db.scalars(query).all()
     wanted = [j.id for j in jobs]
     ended = {
@@ -109,18 +139,30 @@ def _views(db: Session, query: Any) -> list[JobView]:
         .tuples()
         .all()
     )
-    return [_view(j, ended.get(j.id), running.get(j.id, 0)) for j in jobs]
+    after = control.after_of(db, [j.id for j in jobs if j.follows])
+    return [_view(j, ended.get(j.id), running.get(j.id, 0), after.get(j.id, ())) for j in jobs]
 
 
-def _view(job: Job, ended: Any, running: int) -> JobView:
+def _view(
+    job: Job | SimpleNamespace, ended: Any, running: int, after: Sequence[tuple[UUID, bool]]
+) -> JobView:
     done, failed, cancelled, reused, waiting = (
         int(getattr(ended, n, 0) or 0) for n in ("done", "failed", "cancelled", "reused", "waiting")
     )
     status: str = job.status
     if job.status == JobStatus.CANCELLED:  # the verb touched the job alone: its frames follow
         running, waiting, cancelled = 0, 0, job.frames - done - failed
+    elif job.status == JobStatus.LATE:
+        running, waiting, failed = 0, 0, job.frames - done - cancelled
+    elif job.status == JobStatus.ACTIVE and job.waits and not running:
+        status = "waiting"
     elif job.status == JobStatus.ACTIVE:
         status = "running" if running or done or failed else "queued"
+    staged = 0
+    if job.proof is not None and job.approved_at is None and status not in ("cancelled", "late", "finished"):
+        staged = job.frames - job.proof
+        if status == "running" and done + failed + cancelled >= job.proof:
+            status = JobStatus.STAGED.value
     return JobView(
         id=job.id,
         name=job.name,
@@ -140,7 +182,30 @@ def _view(job: Job, ended: Any, running: int) -> JobView:
         charged=ended.charged if ended is not None else Decimal(0),
         created_at=job.created_at,
         ended_at=job.ended_at,
+        start_after=job.start_after,
+        deadline=job.deadline,
+        on_late=job.on_late,
+        late_at=job.late_at,
+        max_parallel=None if job.max_parallel == control.NO_LIMIT else job.max_parallel,
+        after=tuple(after),
+        proof=job.proof,
+        approved_at=job.approved_at,
+        staged=staged,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many frames a second were done of a job of late, as seen at a moment."""
+
+    per_s: float
+    at: datetime
+
+
+def paces(db: Session, jobs: Sequence[UUID]) -> dict[UUID, Pace]:
+    """The paces of those of these jobs of which frames were done in the last minute."""
+    rows = db.execute(sql("job_pace"), {"jobs": list(jobs)}) if jobs else ()
+    return {r.job_id: Pace(float(r.frames / r.seconds), r.at) for r in rows}
 
 
 def frames_of(
@@ -151,8 +216,26 @@ def frames_of(
         Frame.job_id == job_id, Frame.id >= ids.frame_id(job_id, first), Frame.id <= ids.last_frame_id(job_id)
     )
     if status is not None:
-        query = query.where(Frame.status == status)
+        query = query.where(_shown_as(status, withheld(db, [job_id]).get(job_id)))
     return db.scalars(query.order_by(Frame.id).limit(limit)).all()
+
+
+def withheld(db: Session, jobs: Collection[UUID]) -> dict[UUID, int]:
+    """Of these jobs those whose proof is not approved, and the index from which on their frames wait for that."""
+    if not jobs:
+        return {}
+    rows = select(Job.id, Job.proof).where(Job.id.in_(jobs), Job.approved_at.is_(None))
+    return {job: proof for job, proof in db.execute(rows).tuples() if proof is not None}
+
+
+def _shown_as(status: FrameStatus, proof: int | None) -> Any:
+    """Of frames that are shown with this status; see shown_status."""
+    is_so = Frame.status == status
+    if proof is None:
+        return is_so
+    if status == FrameStatus.STAGED:
+        return is_so | (Frame.status.in_(BEHIND) & (Frame.index >= proof))
+    return is_so & (Frame.index < proof) if status in BEHIND else is_so
 
 
 def find_frame(db: Session, account_id: UUID, frame_id: UUID) -> Frame:
@@ -160,15 +243,26 @@ def find_frame(db: Session, account_id: UUID, frame_id: UUID) -> Frame:
 
     Raises NotFound for another account's as for one that does not exist.
     """
-    frame = db.scalar(select(Frame).where(Frame.id == frame_id, Frame.account_id == account_id))
+    frame = db.scalar(
+        select(Frame)
+        .join(Job, Job.id == Frame.job_id)
+        .where(Frame.id == frame_id, Frame.account_id == account_id, Job.status != JobStatus.STAGED)
+    )
     if frame is None:
         raise NotFound(frame=ids.public("frm", frame_id))
     return frame
 
 
-def shown_status(frame: Frame, job_cancelled: bool) -> str:
-    """A frame's status as it is shown: an open frame of a cancelled job is cancelled already."""
-    return FrameStatus.CANCELLED if job_cancelled and frame.ended_at is None else frame.status
+def shown_status(frame: Frame, job_cancelled: bool, proof: int | None = None) -> str:
+    """A frame's status as it is shown: an open frame of a cancelled job is cancelled already.
+
+    proof: of a job that is not approved, see withheld(); what is queued behind it is staged.
+    """
+    if job_cancelled and frame.ended_at is None:
+        return FrameStatus.CANCELLED
+    if proof is not None and frame.index >= proof and frame.status in BEHIND:
+        return FrameStatus.STAGED
+    return frame.status
 
 
 def image_of(db: Session, frame: Frame) -> Image:
@@ -219,9 +313,30 @@ def resume(db: Session, account_id: UUID, job_id: UUID) -> list[str]:
         return []
     _refuse_ended(job)
     budgets.refuse_held_back(db, account_id, job.api_key_id)
-    job.status, job.runnable = JobStatus.ACTIVE, True
+    job.status, job.runnable = JobStatus.ACTIVE, not job.waits
     events.record(db, "job.resumed", account_id=account_id, job_id=job_id)
     return _reopen(db, job_id)
+
+
+def approve(db: Session, account_id: UUID, job_id: UUID) -> list[str]:
+    """Hand out what stands behind a job's proof. Returns the models to wake.
+
+    The job and its keys are touched, none of its frames. Raises Conflict if it has no proof, or has ended.
+    """
+    job = _locked(db, account_id, job_id)
+    if job.proof is None:
+        raise Conflict("this job has no proof to approve", job=ids.public("job", job_id))
+    if job.approved_at is not None:
+        return []
+    _refuse_ended(job)
+    job.approved_at = db.scalars(select(func.clock_timestamp())).one()
+    events.record(db, "job.approved", account_id=account_id, job_id=job_id)
+    db.flush()
+    db.execute(sql("approve"), {"job": job_id, "account_id": account_id})
+    db.execute(sql("open_job_lanes"), {"jobs": [job_id]})
+    models = _reopen(db, job_id)
+    queue.refill(db, [job_id])
+    return models
 
 
 def reprioritise(db: Session, account_id: UUID, job_id: UUID, priority: int) -> list[str]:
@@ -235,6 +350,47 @@ def reprioritise(db: Session, account_id: UUID, job_id: UUID, priority: int) -> 
     return _reopen(db, job_id)
 
 
+def change(db: Session, account_id: UUID, job_id: UUID, changes: Mapping[str, Any]) -> list[str]:
+    """Change when a job runs and how much of it at once, by the names of control.Timing. Returns the models to wake.
+
+    What is on a device is finished all the same. Raises Invalid naming the field.
+    """
+    job = _locked(db, account_id, job_id)
+    _refuse_ended(job)
+    wanted = {n: changes.get(n, getattr(job, n)) for n in ("start_after", "deadline", "on_late")}
+    if wanted["deadline"] is not None:
+        wanted["on_late"] = str(wanted["on_late"] or job.on_late or control.OnLate.FAIL)
+    elif "on_late" not in changes:
+        wanted["on_late"] = None
+    if changes.keys() & wanted.keys() and (
+        faults := control.faults_of(db, **wanted, ahead="deadline" in changes)
+    ):
+        raise Invalid(faults)
+    job.start_after, job.deadline, job.on_late = wanted["start_after"], wanted["deadline"], wanted["on_late"]
+    if "deadline" in changes:
+        job.late_at = None
+    if "start_after" in changes and job.start_after is not None:
+        job.waits = True  # until the sweep sees that it has come
+    if "max_parallel" in changes:
+        _cap(db, job, changes["max_parallel"])
+    job.runnable = job.status == JobStatus.ACTIVE and not job.waits
+    said = {k: v.isoformat() if isinstance(v, datetime) else v for k, v in changes.items()}
+    events.record(db, "job.changed", account_id=account_id, job_id=job_id, data=said)
+    models = _reopen(db, job_id)
+    queue.refill(db, [job_id], limit=BITE)
+    return models
+
+
+def _cap(db: Session, job: Job, max_parallel: int | None) -> None:
+    """Let so many frames be queued and claimed at once, from the commit on."""
+    if job.max_parallel is None and max_parallel is None:
+        return
+    job.max_parallel = control.NO_LIMIT if max_parallel is None else max_parallel
+    db.flush()
+    if max_parallel is not None and queue.narrow(db, job.id, limit=BITE) == BITE:
+        job.waits = True  # more is queued than a verb should touch: the sweep goes on, and then hands out
+
+
 def _reopen(db: Session, job_id: UUID) -> list[str]:
     db.flush()
     return sorted(r.model for r in db.execute(sql("open_lanes"), {"jobs": [job_id]}))
@@ -243,13 +399,13 @@ def _reopen(db: Session, job_id: UUID) -> list[str]:
 def _locked(db: Session, account_id: UUID, job_id: UUID) -> Job:
     """The job, locked against settling: whichever commits first, wins."""
     job = db.scalar(select(Job).where(Job.id == job_id, Job.account_id == account_id).with_for_update())
-    if job is None:
+    if job is None or job.status == JobStatus.STAGED:
         raise NotFound(job=ids.public("job", job_id))
     return job
 
 
 def _refuse_ended(job: Job) -> None:
-    if job.status in (JobStatus.CANCELLED, JobStatus.FINISHED):
+    if job.status in (JobStatus.CANCELLED, JobStatus.FINISHED, JobStatus.LATE):
         raise Conflict(f"this job is {job.status}", job=ids.public("job", job.id), status=job.status)
 
 

@@ -3,6 +3,7 @@
 The file also is that process's program: it imports nothing of the farm.
 """
 
+import base64
 import json
 import resource
 import subprocess
@@ -10,7 +11,9 @@ import sys
 import threading
 import warnings
 from dataclasses import dataclass
+from enum import StrEnum
 from io import BytesIO
+from typing import Any
 
 MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -30,15 +33,35 @@ class Picture:
     height: int
 
 
+class MaskOf(StrEnum):
+    """What of a picture is painted anew, where another API says it otherwise than by white."""
+
+    ALPHA = "alpha"  # what is transparent
+    BLACK = "black"
+
+
 def inspect(data: bytes) -> Picture:
     """Decode a file completely, and say what it is.
 
     Raises ValueError with what is wrong, for whoever sent it.
     """
+    return Picture(**_in_child(data, "look"))
+
+
+def mask(data: bytes, of: MaskOf) -> bytes | None:
+    """The mask that a picture makes: a PNG of its size, white where it is painted anew. None: that is nowhere.
+
+    Raises ValueError with what is wrong, for whoever sent it.
+    """
+    found = _in_child(data, of.value)["mask"]
+    return None if found is None else base64.b64decode(found)
+
+
+def _in_child(data: bytes, what: str) -> dict[str, Any]:
     with AT_ONCE:
         try:
             done = subprocess.run(
-                [sys.executable, "-I", __file__],
+                [sys.executable, "-I", __file__, what],
                 input=data,
                 capture_output=True,
                 timeout=2 * CPU_S,
@@ -47,15 +70,16 @@ def inspect(data: bytes) -> Picture:
         except subprocess.TimeoutExpired:
             raise ValueError("it takes too long to decode") from None
     try:
-        said = json.loads(done.stdout)
+        said: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
         raise ValueError("it cannot be decoded within the farm's limits") from None
     if "error" in said:
         raise ValueError(said["error"])
-    return Picture(**said)
+    return said
 
 
-def _look(data: bytes) -> dict[str, object]:
+def _look(data: bytes) -> tuple[dict[str, object], Any]:
+    """What it is, and the picture as it is shown."""
     from PIL import Image, ImageOps
 
     if data.lstrip()[:5].lower() in (b"<?xml", b"<svg ", b"<svg>", b"<!doc"):
@@ -83,15 +107,34 @@ def _look(data: bytes) -> dict[str, object]:
     except Exception as e:
         raise ValueError(f"it is damaged or cut: {str(e)[:100]}") from None
     name = "jpeg" if is_photo else str(image.format).lower()
-    return {"format": name, "width": shown.width, "height": shown.height}
+    return {"format": name, "width": shown.width, "height": shown.height}, shown
+
+
+def _mask(image: Any, of: MaskOf) -> dict[str, object]:
+    from PIL import ImageChops
+
+    if of is MaskOf.ALPHA:
+        has_alpha = "A" in image.getbands() or "transparency" in image.info
+        shade = image.convert("RGBA").getchannel("A") if has_alpha else None
+    else:
+        shade = image.convert("L")
+    painted: Any = shade and ImageChops.invert(shade)
+    if painted is None or painted.getextrema()[1] < 128:
+        return {"mask": None}
+    out = BytesIO()
+    painted.save(out, "PNG")
+    return {"mask": base64.b64encode(out.getvalue()).decode()}
 
 
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    what = sys.argv[1]
     try:
-        said = _look(sys.stdin.buffer.read())
+        said, image = _look(sys.stdin.buffer.read())
+        if what != "look":
+            said = _mask(image, MaskOf(what))
     except ValueError as e:
         said = {"error": str(e)}
     print(json.dumps(said))  # noqa: T201 - what the parent reads

@@ -12,7 +12,7 @@ from farm.accounts import Caller
 from farm.catalog import Catalog, catalog
 from farm.errors import Conflict, NotFound
 from farm.queue import FrameStatus
-from farm.spec import Asked, Spec, fingerprint
+from farm.spec import UNSEEN, Asked, Spec, fingerprint
 from farm.tables import Frame, Image, Job, Pack
 
 
@@ -101,7 +101,8 @@ def rerender(
         raise Conflict(
             f"the farm does not serve {spec.model} any more as it was when this frame was made", frame=name
         )
-    asked = Asked.model_validate({**spec.to_json(), "seed": frame.seed})
+    said = {name: value for name, value in spec.to_json().items() if name not in UNSEEN}  # words are final
+    asked = Asked.model_validate({**said, "seed": frame.seed})
     return submissions.submit(
         db,
         caller,

@@ -4,16 +4,19 @@ A frame:
 
                       ┌──────────── answer: with the image of its equal ─────────────┐
                       │                                                              ▼
-    staged ─ ─ ▶ ┌─────────┐ answer ┌────────┐  claim_pack  ┌─────────┐   settle    ┌──────┐
-    (bulk, not   │ waiting │ ─────▶ │ queued │ ───────────▶ │ claimed │ ──────────▶ │ done │ billed
-    approved)    └─────────┘ nobody └────────┘              └─────────┘             └──────┘
+                 ┌─────────┐ answer ┌────────┐  claim_pack  ┌─────────┐   settle    ┌──────┐
+                 │ waiting │ ─────▶ │ queued │ ───────────▶ │ claimed │ ──────────▶ │ done │ billed
+                 └─────────┘ nobody └────────┘              └─────────┘             └──────┘
             on an equal│    makes it  │    ▲     release,      │  │ └─ ─ ─ ─ ─ ─ ▶ rejected (by a check)
             frame      │              │    └── fail, reclaim ──┘  │
                        │       cancel │       (then a suspect,    ├──────────────▶ failed, after three packs
                        ▼              ▼        claimed alone)     │                that it took down alone
                        └─────────▶ cancelled ◀────────────────────┘
 
-A job (its verbs stand in jobs.py):   staged ─ ─ ▶ active ⇄ paused,  both ──▶ finished or cancelled
+Beyond its job's max_parallel a frame is staged: refill makes it queued once there is room, narrow takes it back when
+the job has less. Past the deadline of a job that asks for it what is open ends as failed, in place of cancelled.
+
+A job (its verbs stand in jobs.py):   staged ─ ─ ▶ active ⇄ paused,  both ──▶ finished or cancelled, or late ─▶ finished
 
 Who waits for whom: see reuse.py. Dashed: a place kept for later. What ended stays as it is; the database refuses
 anything else.
@@ -35,11 +38,12 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from farm.catalog import PackLimit
-from farm.db import hot, sql
+from farm.db import array, hot, sql
 from farm.settings import settings
 from farm.spec import Spec
-from farm.tables import Pack
+from farm.tables import Job, Pack
 
+NEAREST = 32  # lanes looked at for a head: so far ahead may a warm model be preferred to a fairer share
 # for what may be lost with a crash of Postgres, and is done again then: no wait for the disk at commit
 ASYNC = text("SET LOCAL synchronous_commit = off")
 
@@ -200,14 +204,15 @@ def find_head(
     above: only of classes more urgent than this one. suspects: also one that has to be claimed alone.
     """
     values = {
-        "models": list(models),
+        "models": array(models),
         "ageing": ageing,
         "ageing_s": settings().ageing_s,
         "warm": warm,
         "above": above,
         "suspects": suspects,
     }
-    found = hot(db, "head", values)
+    # all lanes only where nothing can be claimed of the nearest ones: paused, or a rival's just now
+    found = hot(db, "head", {**values, "lanes": NEAREST}) or hot(db, "head", {**values, "lanes": None})
     return Head(*found[0][1:]) if found else None
 
 
@@ -330,15 +335,15 @@ def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, i
     if not stored:
         return Settled(frozenset(), frozenset(), frozenset())
     packs, jobs = {s.pack_id for s in stored}, {s.job_id for s in stored}
-    locked = hot(db, "hold", {"packs": list(packs), "jobs": list(jobs)})
+    locked = hot(db, "hold", {"packs": array(packs), "jobs": array(jobs)})
     ended = hot(
         db,
         "settle",
         {
             "stored": json.dumps([_as_json(s, gpu_ms or {}) for s in stored]),
-            "held": [r.pack_id for r in locked if r.pack_id],
-            "jobs": list(jobs),
-            "cancelled_jobs": [r.job_id for r in locked if r.status == "cancelled"],
+            "held": array(r.pack_id for r in locked if r.pack_id),
+            "jobs": array(jobs),
+            "cancelled_jobs": array(r.job_id for r in locked if r.status == "cancelled"),
         },
     )
     return Settled(
@@ -350,7 +355,7 @@ def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, i
 
 def _as_json(stored: StoredFrame, gpu_ms: Mapping[int, int]) -> dict[str, Any]:
     return {
-        "frame_id": str(stored.frame_id),
+        "frame_id": stored.frame_id.hex,
         "pack_id": stored.pack_id,
         "key": stored.key,
         "format": stored.format,
@@ -365,9 +370,11 @@ def _as_json(stored: StoredFrame, gpu_ms: Mapping[int, int]) -> dict[str, Any]:
 
 
 def finish(db: Session, jobs: Sequence[UUID]) -> None:
-    """End the jobs whose frames have all ended. The sweep does it too; this only is sooner."""
+    """End the jobs whose frames have all ended, and refill those that go on. The sweep does both; this is sooner."""
     db.execute(ASYNC)
-    db.execute(sql("finish"), {"jobs": list(jobs)})
+    capped = db.scalars(sql("finish"), {"jobs": list(jobs)}).all()
+    if capped:
+        refill(db, capped)
 
 
 def fail(
@@ -414,8 +421,45 @@ def reclaim(db: Session, *, limit: int = 100) -> int:
 
 
 def cancel_queued(db: Session, *, limit: int = 5000) -> int:
-    """End queued and waiting frames of cancelled jobs. Returns how many."""
+    """End the frames of cancelled jobs, and of those past their deadline, that are on no device. Returns how many."""
     return db.scalar(sql("cancel_frames"), {"n": limit}) or 0
+
+
+def release_late(db: Session, *, limit: int = 5000) -> int:
+    """Take frames off devices whose job is past its deadline: cancel_queued() comes by. Returns how many."""
+    rows = db.execute(sql("late_packs"), {"n": limit}).all()
+    if not rows:
+        return 0
+    return release(db, sorted({r.pack_id for r in rows}), frames=[r.id for r in rows])
+
+
+def refill(db: Session, jobs: Sequence[UUID] | None = None, *, limit: int = 5000) -> int:
+    """Queue staged frames of jobs that have fewer queued and claimed than their max_parallel. Returns of how many jobs.
+
+    jobs: only of these. limit: frames of a job at a time.
+    """
+    ready = db.scalars(sql("capped"), {"jobs": None if jobs is None else list(jobs)}).all()
+    if ready:
+        rows = db.execute(sql("refill"), {"jobs": ready, "n": limit}).all()
+        _queued_again(db, [(r.job_id, r.key_no) for r in rows])
+    return len(ready)
+
+
+def narrow(db: Session, job: UUID, *, limit: int = 5000) -> int:
+    """Stage queued frames of a job, which the caller has locked, down to its max_parallel. Returns how many."""
+    return db.scalar(sql("narrow"), {"job": job, "n": limit}) or 0
+
+
+def narrow_waiting(db: Session) -> int:
+    """The same for jobs that wait, and have more queued than one bite. Returns how many frames."""
+    jobs = db.scalars(
+        select(Job.id)
+        .where(Job.waits, Job.ended_at.is_(None), Job.max_parallel.is_not(None))
+        .order_by(Job.id)
+        .limit(100)
+        .with_for_update(skip_locked=True, key_share=True)
+    ).all()
+    return sum(narrow(db, job) for job in jobs)
 
 
 def answer(db: Session, waiting: Mapping[UUID, UUID], *, at_once: bool = False) -> int:

@@ -43,8 +43,12 @@ def rates(db: Session, account_id: UUID, *, currency: str, models: Iterable[str]
         return pricing.current(db, account_id=account_id, currency=currency, models=wanted)
 
 
-def equals(db: Session, account_id: UUID, *, priority: int, keys: Collection[Key]) -> dict[Key, bool]:
+def equals(
+    db: Session, account_id: UUID, *, priority: int, keys: Collection[Key], within: UUID | None = None
+) -> dict[Key, bool]:
     """Of these keys those that need not be rendered: True if an image is known, False if it is being made.
+
+    within: a job that is being uploaded, whose own frames count too.
 
     Of two small submissions at once that ask for the same, the later waits here until the earlier is committed.
     """
@@ -57,7 +61,7 @@ def equals(db: Session, account_id: UUID, *, priority: int, keys: Collection[Key
     found = {}
     for start in range(0, len(wanted), CHUNK):
         part = wanted[start : start + CHUNK]
-        asked = {"fingerprints": [k[0] for k in part], "formats": [k[1] for k in part]}
+        asked = {"fingerprints": [k[0] for k in part], "formats": [k[1] for k in part], "within": within}
         rows = db.execute(sql("equals"), {"account_id": account_id, "priority": priority, **asked})
         found.update({part[r.no]: r.known for r in rows})
     return found
@@ -172,8 +176,8 @@ def match(
     if keys:
         found = equals(db, caller.account_id, priority=priority, keys=set(keys.values()))
         for no, key in keys.items():
-            if key in found:
-                waiting[no] = found[key]
+            if key in found:  # what a proof holds back is not answered yet
+                waiting[no] = found[key] and (draft.proof is None or no < draft.proof)
             else:
                 found[key] = False  # those that come after it in this job wait for it
     open_keys = {f.key_no for no, f in enumerate(draft.frames) if no not in waiting}

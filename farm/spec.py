@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from farm import features
+from farm import features, prompting
 from farm.catalog import Catalog, Method, Model
 from farm.errors import Fault
 from farm.features import (
@@ -28,10 +28,13 @@ from farm.features import (
     second_pass,
     steps_run,
 )
+from farm.styles import STYLES
 
 MAX_PROMPT = 4096  # characters
 MAX_SEED = 2**63 - 1
 MEGAPIXEL_SHIFT = 20  # a megapixel is 1024 × 1024
+# of a spec: said beside it, and without a say in its pixels
+UNSEEN = ("original_prompt", "style", "enhanced_by")
 NOTHING_GIVEN: Mapping[str, Given] = {}
 
 
@@ -66,6 +69,12 @@ def _no_nul(text: str) -> str:
     return text
 
 
+def _known_style(name: str) -> str:
+    if name not in STYLES:
+        raise ValueError(f"allowed are {', '.join(STYLES)}")
+    return name
+
+
 PriorityNumber = Annotated[
     int,
     BeforeValidator(
@@ -75,6 +84,9 @@ PriorityNumber = Annotated[
     Field(strict=True, ge=0, le=9),
 ]
 Text = Annotated[str, Field(strict=True, max_length=MAX_PROMPT), AfterValidator(_no_nul)]
+StyleName = Annotated[
+    str, Field(strict=True, json_schema_extra={"enum": list(STYLES)}), AfterValidator(_known_style)
+]
 Whole = Annotated[int, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
@@ -115,6 +127,17 @@ class Asked(BaseModel):
     reproducible: Literal["strict"] | None = Field(
         None, description="strict: bit for bit the same, whatever it is rendered beside"
     )
+    style: StyleName | None = Field(None, description="words that go with the prompt; the spec says which")
+    prompt_enhancement: Flag = Field(
+        False, description="add what the prompt lacks; the frame shows it as revised_prompt"
+    )
+
+
+class Helped(Asked):
+    """A spec as it is sent, whose prompt a text model has worked on, or was asked to."""
+
+    helped_prompt: Text | None = None  # None: it could not
+    helped_by: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +165,9 @@ class Spec:
     prompt_weights: bool = False
     long_prompt: bool = False
     reproducible: str | None = None
+    original_prompt: str | None = None  # as it was sent, where style or prompt help changed it
+    style: str | None = None
+    enhanced_by: str | None = None
 
     @property
     def guided(self) -> bool:
@@ -217,10 +243,14 @@ def resolve(
     model = models.get(asked.model)
     if model is None:
         return [Fault(f"{at}model", asked.model, f"allowed are {', '.join(models)}")]
+    prompt, negative_prompt, beside = _words(asked, model)
+    if len(prompt) > MAX_PROMPT or len(negative_prompt) > MAX_PROMPT:
+        words = f"prompt and style have {max(len(prompt), len(negative_prompt))} characters together"
+        return [Fault(f"{at}style", asked.style, f"{words}; allowed are {MAX_PROMPT}")]
     spec = Spec(
         model=model.name,
-        prompt=asked.prompt,
-        negative_prompt=asked.negative_prompt,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
         width=model.side.default if asked.width is None else asked.width,
         height=model.side.default if asked.height is None else asked.height,
         steps=model.steps.default if asked.steps is None else asked.steps,
@@ -228,10 +258,32 @@ def resolve(
         sampler=asked.sampler or model.sampler,
         format=asked.format,
         **(features.resolved(asked, model, given) if asked.model_fields_set & SOMETIMES.keys() else {}),
+        **beside,
     )
     if not asked.model_fields_set & SOMETIMES.keys():
         return _faults(spec, model, at) or spec
     return [*_faults(spec, model, at), *features.faults_of(spec, model, given, at)] or spec
+
+
+def _words(asked: Asked, model: Model) -> tuple[str, str, dict[str, Any]]:
+    """Prompt and negative prompt with style and help, and what a spec says of that."""
+    if asked.style is None and not asked.prompt_enhancement:
+        return asked.prompt, asked.negative_prompt, {}
+    prompt, negative = asked.prompt, asked.negative_prompt
+    beside: dict[str, Any] = {}
+    helped = asked.helped_prompt if isinstance(asked, Helped) else None
+    if helped is not None:
+        prompt = helped
+    if asked.style is not None:
+        prompt, negative = prompting.styled(prompt, negative, asked.style, model)
+        beside["style"] = asked.style
+    if asked.prompt_enhancement:
+        beside["enhanced_by"] = asked.helped_by if isinstance(asked, Helped) else prompting.TEMPLATE
+        if helped is None:
+            prompt = prompting.enhanced(prompt, model, longest=MAX_PROMPT)
+    if prompt != asked.prompt:
+        beside["original_prompt"] = asked.prompt
+    return prompt, negative, beside
 
 
 def _faults(spec: Spec, model: Model, at: str) -> list[Fault]:
@@ -298,10 +350,17 @@ def quantity(spec: Spec, method: Method) -> int:
 
 def fingerprint(spec: Spec, model: Model, seed: int) -> bytes:
     """Hash of everything that decides a frame's pixels; the file's format does not, a quality does. 32 bytes."""
-    facts = {**spec.to_json(), "seed": seed, "revision": model.revision, "dtype": model.precision}
+    return hashlib.sha256(fingerprinted(spec, model, seed).encode()).digest()
+
+
+def fingerprinted(spec: Spec, model: Model, seed: int | str) -> str:
+    """What the fingerprint is made of. seed: as text it marks the place where the number belongs (farm/lines.py)."""
+    facts = spec.to_json()
+    facts |= {"seed": seed, "revision": model.revision, "dtype": model.precision}
     if model.beside:
         facts["beside"] = model.beside
-    del facts["format"]
+    for name in ("format", *UNSEEN):
+        facts.pop(name, None)
     if spec.control:
         facts["nets"] = [model.controls[c.net].source for c in spec.control if c.net in model.controls]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=True).encode()).digest()
+    return json.dumps(facts, sort_keys=True, ensure_ascii=True)

@@ -1,21 +1,22 @@
 """Submissions: what a job is asked for with, what it costs, and accepting it."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any, Self
 from uuid import UUID
 
 import psycopg
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from sqlalchemy import text
-from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from farm import budgets, drafts, ids, inputs, pricing, quotes, reuse
+from farm import budgets, control, drafts, ids, inputs, limits, once, pricing, quotes, reuse, webhooks
 from farm.accounts import Caller
 from farm.catalog import Catalog, catalog
-from farm.db import together
+from farm.db import array, together
 from farm.drafts import Draft
-from farm.errors import Conflict, Fault, Invalid
+from farm.errors import Fault, Invalid
 from farm.features import refs_of
 from farm.queue import FrameStatus
 from farm.spec import PRIORITIES, Asked, Priority, PriorityNumber, quantity, work
@@ -26,10 +27,8 @@ AT_ONCE = 100  # frames sent along with the job; more go by COPY
 FORESEEN = 1000  # a larger job is held against the budget before its frames are stored too
 
 
-class Submission(BaseModel):
+class Submission(control.Timing):
     """A job as it is sent: one spec or many."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     spec: Asked | None = Field(None, description="what to render; this or specs")
     specs: Annotated[list[Asked], Field(min_length=1, max_length=MAX_SPECS)] | None = None
@@ -47,10 +46,17 @@ class Submission(BaseModel):
     budget: pricing.Amount | None = Field(
         None, description="the most the job may cost, as text; one that may cost more is refused"
     )
+    webhook: webhooks.Callback | None = Field(
+        None, description="tell this URL how the job ends, or what else happens to it"
+    )
     reuse: Annotated[bool, Field(strict=True)] = Field(
         True,
         description="answer frames whose seed is given with an image of the same spec and seed that is there, or is"
         " being made, at the price of reusing one; false: render them anew",
+    )
+
+    proof: Annotated[int, Field(strict=True, ge=1, le=ids.MAX_FRAMES)] | None = Field(
+        None, description="render so many images, the first ones; the rest waits until the job is approved"
     )
 
     @model_validator(mode="after")
@@ -66,7 +72,26 @@ class Submission(BaseModel):
         return [(f"specs[{k}]", a) for k, a in enumerate(self.specs or [])]
 
 
-def submit(
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A job that was accepted, now or before. models: to wake after the commit.
+
+    row: what its row of jobs says, where nothing more is to be known of it; None: look it up.
+    """
+
+    id: UUID
+    is_new: bool
+    models: tuple[str, ...] = ()
+    row: Mapping[str, Any] | None = None
+
+
+def submit(db: Session, caller: Caller, submission: Submission, **how: Any) -> tuple[UUID, bool]:
+    """Accept a job as accept() does. Returns its id, and False if it had been accepted before under this key."""
+    accepted = accept(db, caller, submission, **how)
+    return accepted.id, accepted.is_new
+
+
+def accept(
     db: Session,
     caller: Caller,
     submission: Submission,
@@ -75,19 +100,27 @@ def submit(
     body_sha256: bytes = b"",
     models: Catalog | None = None,
     rerender_of: UUID | None = None,
-) -> tuple[UUID, bool]:
+) -> Accepted:
     """Accept a job: hold, keys, frames and event in this one transaction. Wake its models after the commit.
 
-    Returns its id, and False if it had been accepted before under this idempotency key.
+    One that was accepted before under this idempotency key is not accepted again.
     Raises Invalid naming each field that is not allowed, Conflict if the same key is being used just now,
     BudgetExceeded if a budget does not cover it; NotFound, Gone or Invalid for its quote as quotes.take() does;
-    NotFound or Gone for its inputs. They are the account's: URLs were taken in before (farm/api/inputs.py).
+    QueueFull if the account or the farm has as many open frames as it may; NotFound or Gone for its inputs. They are
+    the account's: URLs were taken in before (farm/api/inputs.py).
     """
-    if idempotency_key is not None and (earlier := _earlier(db, caller, idempotency_key, body_sha256)):
-        return earlier, False
+    before, opened = _begin(db, caller, idempotency_key)
+    if before is not None:
+        once.same(before.body_sha256, body_sha256, str(idempotency_key))
+        return Accepted(before.job_id, False)
     draft = drafts.draft(
-        submission.asked(), models or catalog(), inputs.known(db, caller.account_id, _refs(submission))
+        submission.asked(),
+        models or catalog(),
+        inputs.known(db, caller.account_id, _refs(submission)),
+        proof=submission.proof,
     )
+    limits.check_row(db, opened, len(draft.frames))
+    timing = control.admit(db, caller.account_id, submission)
     if (
         len(draft.frames) > FORESEEN
     ):  # a million frames take seconds between two statements; nothing is locked yet
@@ -100,7 +133,9 @@ def submit(
     budgets.cap(costs, submission.budget, caller.currency)
     if len(draft.frames) > FORESEEN:
         budgets.foresee(db, caller, costs)
-    job_id = ids.new_id(ids.clock_ms(db))
+    job_id = ids.new_id(opened.ms)
+    staged_from = _staged_from(matched, len(draft.frames), submission.max_parallel)
+    open_keys = _open_keys(matched, draft, staged_from) - draft.rest()
     admitted = (
         "submit",
         {
@@ -115,21 +150,36 @@ def submit(
             "idempotency_key": idempotency_key,
             "body_sha256": body_sha256,
             "rerender_of": rerender_of,
-            **draft.key_columns(),
-            "open": [no in matched.open_keys for no in range(len(draft.keys))],
-            "reuse_price_ids": [rate and rate.price_id for rate in matched.rates],
+            **timing.columns,
+            **{name: array(column) for name, column in draft.key_columns().items()},
+            "open": array(no in open_keys for no in range(len(draft.keys))),
+            "proof": draft.proof if draft.proof and draft.proof < len(draft.frames) else None,
+            "reuse_price_ids": array(rate and rate.price_id for rate in matched.rates),
         },
     )
-    rows = _rows(job_id, draft, rates=rates, matched=matched)
+    rows = _rows(job_id, draft, rates=rates, matched=matched, staged_from=staged_from)
+    lanes = [("open_lanes", {"jobs": [job_id]})] if open_keys and not timing.columns["waits"] else []
+    names = tuple(sorted({model.name for _, _, model in draft.keys.values()}))
+    statements: list[tuple[str, Mapping[str, Any]]] = [admitted]
     if len(draft.frames) <= AT_ONCE:
-        columns = dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
-        together(
-            db, [admitted, ("insert_frames", columns | {"job_id": job_id, "account_id": caller.account_id})]
-        )
+        columns = dict(zip(COLUMNS, map(array, zip(*rows, strict=True)), strict=True))
+        statements.append(("insert_frames", columns | {"job_id": job_id, "account_id": caller.account_id}))
+        if _is_plain(submission, timing, draft, matched):  # one round trip for all of it
+            if opened.has_budget:
+                budgets.admit(db, caller, costs, first=statements, then=lanes)
+            else:
+                together(db, [*statements, *lanes])
+            row = {n: v for n, v in admitted[1].items() if n in SHOWN}
+            row |= {"id": job_id, "status": "active", "held": costs, "created_at": opened.began}
+            return Accepted(job_id, True, names, row)
+        together(db, statements)
     else:
-        together(db, [admitted])
+        together(db, statements)
         _copy_frames(db, job_id, caller.account_id, rows)
     inputs.bind(db, caller.account_id, job_id, draft.inputs())
+    if submission.webhook is not None:
+        webhooks.bind(db, caller.account_id, job_id, submission.webhook)
+    control.bind(db, caller.account_id, job_id, timing.after)
     if matched.waiting:
         db.add(Count(job_id=job_id, waiting=len(matched.waiting)))
         db.flush()
@@ -137,9 +187,41 @@ def submit(
     if quote is not None:
         quote.job_id = job_id
         db.flush()
-    lanes = [("open_lanes", {"jobs": [job_id]})] if matched.open_keys else []
     budgets.admit(db, caller, costs, then=lanes)
-    return job_id, True
+    return Accepted(job_id, True, names)
+
+
+SHOWN = ("name", "priority", "frames", "currency", "quoted", "waits", "follows")
+
+
+def _is_plain(submission: Submission, timing: control.Admitted, draft: Draft, matched: reuse.Matched) -> bool:
+    """Whether nothing but its row, keys and frames is to be stored of a job, and all of it waits for workers."""
+    more = (
+        submission.webhook,
+        submission.quote,
+        submission.proof,
+        submission.max_parallel,
+        submission.deadline,
+    )
+    return not any(more) and not timing.columns["waits"] and not matched.waiting and not draft.inputs()
+
+
+def _begin(db: Session, caller: Caller, key: str | None) -> tuple[Any, Any]:
+    """The job that was accepted under this idempotency key, if one was; and what opening.sql says.
+
+    Raises InProgress if the same key is being used just now.
+    """
+    ours = {"account_id": caller.account_id}
+    if key is None:
+        ((opened,),) = together(db, [("opening", ours)])
+        return None, opened
+    before, (opened,) = once.turn(
+        db,
+        f"{caller.account_id}/{key}",
+        key,
+        then=[("submitted", {**ours, "key": key}), ("opening", ours)],
+    )
+    return before[0] if before else None, opened
 
 
 def quote(
@@ -187,24 +269,24 @@ def came_before(db: Session, caller: Caller, key: str) -> bool:
     return db.get(IdempotencyKey, (caller.account_id, key)) is not None
 
 
-def _earlier(db: Session, caller: Caller, key: str, body_sha256: bytes) -> UUID | None:
-    try:
-        db.execute(text("SET LOCAL lock_timeout = '5s'"))
-        db.execute(
-            text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 0))"),
-            {"key": f"{caller.account_id}/{key}"},
-        )
-        db.execute(text("SET LOCAL lock_timeout = 0"))
-    except OperationalError as e:
-        if isinstance(e.orig, psycopg.errors.LockNotAvailable):
-            raise Conflict("a request with this Idempotency-Key is being worked on", key=key) from e
-        raise
-    row = db.get(IdempotencyKey, (caller.account_id, key))
-    if row is None:
-        return None
-    if row.body_sha256 != body_sha256:
-        raise Invalid([Fault("Idempotency-Key", key, "it came before with another body; use another key")])
-    return row.job_id
+def _staged_from(matched: reuse.Matched, frames: int, max_parallel: int | None) -> int:
+    """The first frame that is beyond max_parallel, of those that wait for none."""
+    if max_parallel is None or max_parallel >= frames:
+        return frames
+    rendered = (index for index in range(frames) if index not in matched.waiting)
+    return next(islice(rendered, max_parallel, None), frames)
+
+
+def _status(index: int, matched: reuse.Matched, staged_from: int) -> FrameStatus:
+    if index in matched.waiting:
+        return FrameStatus.WAITING
+    return FrameStatus.QUEUED if index < staged_from else FrameStatus.STAGED
+
+
+def _open_keys(matched: reuse.Matched, draft: Draft, staged_from: int) -> set[int]:
+    if staged_from == len(draft.frames):
+        return matched.open_keys
+    return {draft.frames[k].key_no for k in range(staged_from) if k not in matched.waiting}
 
 
 COLUMNS = (
@@ -223,6 +305,7 @@ def _rows(
     *,
     rates: Mapping[str, pricing.Rate],
     matched: reuse.Matched,
+    staged_from: int,
 ) -> Iterator[tuple[Any, ...]]:
     """The frames as rows of COLUMNS."""
     for index, (spec, as_json, seed, seeded, key_no, model) in enumerate(draft.frames):
@@ -231,7 +314,7 @@ def _rows(
             ids.frame_id(job_id, index),
             index,
             key_no,
-            (FrameStatus.WAITING if index in matched.waiting else FrameStatus.QUEUED).value,
+            _status(index, matched, staged_from).value,
             seed,
             work(spec, model),
             quantity(spec, rate.method),

@@ -13,9 +13,27 @@ from dataclasses import dataclass
 
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from farm import budgets, events, inputs, ledger, queue, quotes, retention, reuse, tokens
+from farm import (
+    budgets,
+    bulk,
+    calls,
+    control,
+    events,
+    files,
+    inputs,
+    ledger,
+    once,
+    outcomes,
+    queue,
+    quotes,
+    retention,
+    reuse,
+    tokens,
+    webhooks,
+)
 from farm.db import engine, transaction
 from farm.errors import Away, DatabaseAway
 from farm.settings import settings
@@ -23,7 +41,10 @@ from farm.settings import settings
 log = logging.getLogger(__name__)
 
 # what found something looks again at once
-MORE = ("relay", "cancel", "reclaim", "answer", "expire", "clear", "purge", "delivered")
+MORE = (
+    "relay", "cancel", "late", "late packs", "release", "refill", "reclaim", "answer", "expire", "clear", "purge",
+    "delivered", "clear uploads",
+)  # fmt: skip
 LOCK = 0x73776570  # "swep": one key, a chore's number beside it
 
 
@@ -52,13 +73,17 @@ def fold(db: Session) -> int:
 
 
 def forget(db: Session) -> int:
-    """Drop idempotency keys after two days and expired quotes, and mark workers gone that were not heard of."""
-    return quotes.forget(db) + sum(
-        getattr(db.execute(text(statement), {"lost_s": settings().worker_lost_s}), "rowcount", 0)
-        for statement in (
-            "DELETE FROM idempotency_keys WHERE created_at < now() - interval '2 days'",
-            "UPDATE workers SET state = 'gone' WHERE state <> 'gone'"
-            " AND seen_at < clock_timestamp() - make_interval(secs => :lost_s)",
+    """Drop what is kept for repeated requests and expired quotes, and mark workers gone that were not heard of."""
+    return (
+        quotes.forget(db)
+        + once.forget(db)
+        + sum(
+            getattr(db.execute(text(statement), {"lost_s": settings().worker_lost_s}), "rowcount", 0)
+            for statement in (
+                "DELETE FROM idempotency_keys WHERE created_at < now() - interval '2 days'",
+                "UPDATE workers SET state = 'gone' WHERE state <> 'gone'"
+                " AND seen_at < clock_timestamp() - make_interval(secs => :lost_s)",
+            )
         )
     )
 
@@ -67,7 +92,8 @@ def partition(db: Session) -> int:
     """Make the next months' partitions, and the next of events."""
     db.execute(
         text(
-            "SELECT ensure_partitions(now()::date, (now() + interval '2 months')::date,"
+            "SELECT ensure_names(now()::date, (now() + interval '2 months')::date),"
+            " ensure_partitions(now()::date, (now() + interval '2 months')::date,"
             " (SELECT coalesce(max(number), 0) + 10000000 FROM events))"
         )
     )
@@ -75,13 +101,22 @@ def partition(db: Session) -> int:
 
 
 ORPHANS = retention.Orphans()
+LOOK_S = 0.05  # between two looks into the outbox
+RELAY_ENDS_S = 5.0
+SOMETHING = text("SELECT EXISTS (SELECT FROM outbox)")
+RELAY = Chore("relay", 1, 1, events.relay)
 
 CHORES = (
-    Chore("relay", 1, 0.2, events.relay),
+    RELAY,  # here for the day that its own thread is stuck
     Chore("reclaim", 2, 1, reclaim),
     Chore("answer", 15, 0.2, reuse.answer_waiters),
     Chore("fold", 3, 1, fold),
+    Chore("late", 51, 1, control.note_late),
+    Chore("late packs", 52, 1, queue.release_late),
     Chore("cancel", 4, 1, queue.cancel_queued),
+    Chore("release", 53, 1, control.release),
+    Chore("refill", 54, 0.2, queue.refill),
+    Chore("give up", 91, 1, outcomes.give_up),
     Chore("top up", 5, 1, tokens.top_up),
     Chore("retire", 10, 1, queue.retire_lanes),
     Chore("reopen", 6, 10, queue.reopen_lanes),
@@ -97,6 +132,13 @@ CHORES = (
     Chore("expire inputs", 41, 60, inputs.expire),
     Chore("purge inputs", 42, 10, inputs.purge, alone=True),
     Chore("forget tombstones", 14, 3600, retention.forget),
+    Chore("expire files", 81, 60, files.expire),
+    Chore("purge files", 82, 10, files.purge, alone=True),
+    Chore("forget calls", 83, 600, calls.forget),
+    Chore("forget deliveries", 71, 600, webhooks.forget),
+    Chore("expire uploads", 61, 60, bulk.expire),
+    Chore("clear uploads", 62, 1, bulk.clear),
+    Chore("forget uploads", 63, 600, bulk.forget),
 )
 
 
@@ -133,8 +175,38 @@ def tidy() -> int:
     return sum(do(chore) for chore in CHORES)
 
 
+def relay(stop: threading.Event) -> None:
+    """Number what happened as soon as it is committed, until told to stop; other chores may take their time.
+
+    To look whether there is something is one statement; a NOTIFY in the transactions would cost far more.
+    """
+    pause_s = LOOK_S * settings().sweep_s
+    while not stop.wait(pause_s):
+        try:
+            with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                while not stop.wait(pause_s):
+                    if connection.scalar(SOMETHING):
+                        do(RELAY)
+                        stop.wait(pause_s)  # under load many are numbered at once
+        except (Away, OperationalError, PoolTimeout) as e:
+            log.warning("relay: %s", e)
+            stop.wait(settings().sweep_s)
+        except Exception:
+            log.exception("relay failed")
+            stop.wait(settings().sweep_s)
+
+
 def run(stop: threading.Event, *, beat: Callable[[], None] = lambda: None) -> None:
     """Sweep until told to stop. beat is called each round: a health check watches it."""
+    relaying = threading.Thread(target=relay, args=(stop,), name="relay", daemon=True)
+    relaying.start()
+    try:
+        _sweep(stop, beat)
+    finally:
+        relaying.join(RELAY_ENDS_S)
+
+
+def _sweep(stop: threading.Event, beat: Callable[[], None]) -> None:
     due = dict.fromkeys(CHORES, 0.0)
     pace = settings().sweep_s
     while not stop.is_set():

@@ -7,6 +7,7 @@ from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
+    JSON,
     BigInteger,
     Boolean,
     Date,
@@ -81,6 +82,48 @@ class ApiKey(Base):
     version: Mapped[int] = mapped_column(server_default=text("1"))
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     revoked_at: Mapped[datetime | None]
+    name: Mapped[str | None]
+    scopes: Mapped[list[str] | None]
+    expires_at: Mapped[datetime | None]
+    previous_until: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class Limit(Base):
+    """What an account, or one of its keys, may do at most; NULL: what the settings say."""
+
+    __tablename__ = "limits"
+    __table_args__ = (
+        ForeignKeyConstraint(["api_key_id", "account_id"], ["api_keys.id", "api_keys.account_id"]),
+        UniqueConstraint("account_id", "api_key_id", postgresql_nulls_not_distinct=True),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    api_key_id: Mapped[UUID | None]
+    reads_per_s: Mapped[float | None]
+    writes_per_s: Mapped[float | None]
+    submissions_per_s: Mapped[float | None]
+    open_frames: Mapped[int | None] = mapped_column(BigInteger)
+    inputs: Mapped[int | None]
+    input_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    set_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class KeptAnswer(Base):
+    """What a request that created something was answered, for who sends it again."""
+
+    __tablename__ = "kept_answers"
+    __table_args__ = (Index("kept_answers_created_idx", "created_at"),)
+
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"), primary_key=True)
+    operation: Mapped[str] = mapped_column(primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    body_sha256: Mapped[bytes]
+    status: Mapped[int] = mapped_column(SmallInteger)
+    headers: Mapped[dict[str, Any]] = mapped_column(server_default=text("'{}'"))
+    answer: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
 class PriceBook(Base):
@@ -149,6 +192,16 @@ class Job(Base):
             "images_deleted_at",
             postgresql_where=text("images_deleted_at IS NOT NULL AND images_cleared < frames"),
         ),
+        Index("jobs_waits_idx", "id", postgresql_where=text("waits AND ended_at IS NULL")),
+        Index(
+            "jobs_deadline_idx",
+            "deadline",
+            postgresql_where=text("deadline IS NOT NULL AND late_at IS NULL AND ended_at IS NULL"),
+        ),
+        Index("jobs_late_idx", "id", postgresql_where=text("status = 'late' AND ended_at IS NULL")),
+        Index(
+            "jobs_capped_idx", "id", postgresql_where=text("max_parallel IS NOT NULL AND ended_at IS NULL")
+        ),
     )
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -167,6 +220,27 @@ class Job(Base):
     rerender_of: Mapped[UUID | None]
     images_deleted_at: Mapped[datetime | None]
     images_cleared: Mapped[int] = mapped_column(server_default=text("0"))
+    proof: Mapped[int | None]
+    approved_at: Mapped[datetime | None]
+    start_after: Mapped[datetime | None]
+    deadline: Mapped[datetime | None]
+    on_late: Mapped[str | None]
+    late_at: Mapped[datetime | None]
+    max_parallel: Mapped[int | None]
+    waits: Mapped[bool] = mapped_column(server_default=text("false"))
+    follows: Mapped[bool] = mapped_column(server_default=text("false"))
+
+
+class JobAfter(Base):
+    """A job that has to end before another is handed out; ok: with every frame done."""
+
+    __tablename__ = "job_after"
+    __table_args__ = (Index("job_after_after_idx", "after_id"),)
+
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    after_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    ok: Mapped[bool]
 
 
 class JobLane(Base):
@@ -207,7 +281,7 @@ class JobKey(Base):
             ondelete="CASCADE",
         ),
         UniqueConstraint("job_id", "key_no", "account_id"),
-        UniqueConstraint("job_id", "call_key"),
+        UniqueConstraint("job_id", "call_key", "rest"),
         Index("job_keys_open_idx", "job_id", "model", "key_no", postgresql_where=text("open")),
         Index("job_keys_call_idx", "call_key", "job_id", "key_no", postgresql_where=text("open")),
         Index("job_keys_shape_idx", "shape_key", "job_id", "key_no", postgresql_where=text("open")),
@@ -222,6 +296,103 @@ class JobKey(Base):
     pixels: Mapped[int]
     open: Mapped[bool] = mapped_column(server_default=text("true"))
     reuse_price_id: Mapped[int | None] = mapped_column(ForeignKey("prices.id"))
+    rest: Mapped[bool] = mapped_column(server_default=text("false"))
+
+
+class BulkUpload(Base):
+    """A file of lines on its way to be a job, under the id the job has."""
+
+    __tablename__ = "bulk_uploads"
+    __table_args__ = (
+        ForeignKeyConstraint(["account_id", "currency"], ["accounts.id", "accounts.currency"]),
+        UniqueConstraint("id", "account_id"),
+        Index("bulk_uploads_account_idx", "account_id", "id"),
+        Index("bulk_uploads_open_idx", "touched_at", postgresql_where=text("status = 'open'")),
+        Index(
+            "bulk_uploads_left_idx",
+            "id",
+            postgresql_where=text("status IN ('refused', 'discarded') AND stored > 0"),
+        ),
+        Index(
+            "bulk_uploads_once_key",
+            "account_id",
+            "idempotency_key",
+            unique=True,
+            postgresql_where=text("idempotency_key IS NOT NULL"),
+        ),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID]
+    currency: Mapped[str]
+    api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id"))
+    idempotency_key: Mapped[str | None]
+    asked_sha256: Mapped[bytes | None]
+    status: Mapped[str] = mapped_column(server_default=text("'open'"))
+    mode: Mapped[str]
+    format: Mapped[str]
+    facts: Mapped[dict[str, Any]]
+    columns: Mapped[list[str] | None]
+    received: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    lines: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    good: Mapped[int] = mapped_column(server_default=text("0"))
+    bad: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    stored: Mapped[int] = mapped_column(server_default=text("0"))
+    problem: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    touched_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    ended_at: Mapped[datetime | None]
+
+
+class BulkChunk(Base):
+    """A part of an upload that was taken in: up to which byte, and its hash."""
+
+    __tablename__ = "bulk_chunks"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["upload_id", "account_id"], ["bulk_uploads.id", "bulk_uploads.account_id"], ondelete="CASCADE"
+        ),
+    )
+
+    upload_id: Mapped[UUID] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID]
+    upto: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    sha256: Mapped[bytes]
+
+
+class BulkError(Base):
+    """What is wrong with a field of a line."""
+
+    __tablename__ = "bulk_errors"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["upload_id", "account_id"], ["bulk_uploads.id", "bulk_uploads.account_id"], ondelete="CASCADE"
+        ),
+    )
+
+    upload_id: Mapped[UUID] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID]
+    line: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    no: Mapped[int] = mapped_column(primary_key=True)
+    custom_id: Mapped[str | None]
+    field: Mapped[str]
+    value: Mapped[Any | None] = mapped_column(JSON(none_as_null=True))
+    allowed: Mapped[str]
+
+
+class FrameName(Base):
+    """What the account calls a frame of a job: of the frame with this index, whose id is the job's + 1 + index."""
+
+    __tablename__ = "frame_names"
+    __table_args__ = (
+        UniqueConstraint("job_id", "custom_id"),
+        {"postgresql_partition_by": "RANGE (job_id)"},
+    )
+
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    index: Mapped[int] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID]
+    custom_id: Mapped[str]
 
 
 class IdempotencyKey(Base):
@@ -343,6 +514,12 @@ class Tally(Base):
     __table_args__ = (
         Index("tallies_account_idx", "account_id", "api_key_id"),
         Index("tallies_unfolded_idx", "account_id", postgresql_where=text("NOT folded")),
+        Index(
+            "tallies_open_idx",
+            "account_id",
+            postgresql_include=["open_frames"],
+            postgresql_where=text("open_frames <> 0"),
+        ),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
@@ -352,6 +529,7 @@ class Tally(Base):
     held: Mapped[Decimal] = mapped_column(server_default=text("0"))
     spent: Mapped[Decimal] = mapped_column(server_default=text("0"))
     folded: Mapped[bool] = mapped_column(server_default=text("false"))
+    open_frames: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
 
 
 class Count(Base):
@@ -530,6 +708,13 @@ class Frame(Base):
         ),
         Index("frames_waiting_idx", "account_id", "id", postgresql_where=text("status = 'waiting'")),
         Index("frames_image_idx", "image_id", postgresql_where=text("image_id IS NOT NULL")),
+        Index("frames_staged_idx", "job_id", "id", postgresql_where=text("status = 'staged'")),
+        Index(
+            "frames_staged_equal_idx",
+            "account_id",
+            "fingerprint",
+            postgresql_where=text("seeded AND status = 'staged'"),
+        ),
         {"postgresql_partition_by": "RANGE (id)"},
     )
 
@@ -571,6 +756,12 @@ class Input(Base):
         Index("inputs_account_idx", "account_id", "id"),
         Index("inputs_old_idx", "used_at", postgresql_where=text("deleted_at IS NULL")),
         Index(
+            "inputs_counted_idx",
+            "account_id",
+            postgresql_include=["bytes"],
+            postgresql_where=text("deleted_at IS NULL"),
+        ),
+        Index(
             "inputs_dying_idx",
             "id",
             postgresql_where=text("deleted_at IS NOT NULL AND purged_at IS NULL"),
@@ -603,6 +794,141 @@ class JobInput(Base):
     job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     input_id: Mapped[UUID] = mapped_column(primary_key=True)
     account_id: Mapped[UUID]
+
+
+class InputName(Base):
+    """What an account calls an input image, where its clients name files."""
+
+    __tablename__ = "input_names"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["input_id", "account_id"], ["inputs.id", "inputs.account_id"], ondelete="CASCADE"
+        ),
+        Index("input_names_input_idx", "input_id"),
+    )
+
+    account_id: Mapped[UUID] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(primary_key=True)
+    input_id: Mapped[UUID]
+
+
+class Ticket(Base):
+    """What a client of another API holds of a job; asked is JSON in ASCII."""
+
+    __tablename__ = "tickets"
+    __table_args__ = (
+        UniqueConstraint("account_id", "dialect", "name"),
+        Index("tickets_account_idx", "account_id", "dialect", "job_id"),
+        Index("tickets_start_by_idx", "start_by", postgresql_where=text("start_by IS NOT NULL")),
+    )
+
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    dialect: Mapped[str]
+    name: Mapped[str]
+    client: Mapped[str] = mapped_column(server_default=text("''"))
+    asked: Mapped[str]
+    start_by: Mapped[datetime | None]
+    timed_out: Mapped[bool] = mapped_column(server_default=text("false"))
+
+
+class File(Base):
+    """A file an account sent; with deleted_at, what is left of it."""
+
+    __tablename__ = "files"
+    __table_args__ = (
+        UniqueConstraint("id", "account_id"),
+        Index(
+            "files_account_idx",
+            "account_id",
+            "id",
+            postgresql_include=["bytes"],
+            postgresql_where=text("deleted_at IS NULL"),
+        ),
+        Index("files_old_idx", "created_at", postgresql_where=text("deleted_at IS NULL")),
+        Index(
+            "files_dying_idx",
+            "id",
+            postgresql_where=text("deleted_at IS NOT NULL AND purged_at IS NULL"),
+        ),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    purpose: Mapped[str]
+    filename: Mapped[str]
+    content_type: Mapped[str]
+    sha256: Mapped[bytes]
+    bytes: Mapped[int]
+    # `metadata` is SQLAlchemy's own
+    labels: Mapped[dict[str, Any] | None] = mapped_column("metadata", JSONB(none_as_null=True))
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    stored_at: Mapped[datetime | None]
+    deleted_at: Mapped[datetime | None]
+    purged_at: Mapped[datetime | None]
+
+
+class Batch(Base):
+    """Requests of a file, as jobs."""
+
+    __tablename__ = "batches"
+    __table_args__ = (
+        UniqueConstraint("id", "account_id"),
+        ForeignKeyConstraint(["input_file_id", "account_id"], ["files.id", "files.account_id"]),
+        Index("batches_account_idx", "account_id", "id"),
+        Index("batches_file_idx", "input_file_id"),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    input_file_id: Mapped[UUID]
+    endpoint: Mapped[str]
+    completion_window: Mapped[str]
+    labels: Mapped[dict[str, Any] | None] = mapped_column("metadata", JSONB(none_as_null=True))
+    faults: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))
+    lines: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    expires_at: Mapped[datetime]
+    cancelled_at: Mapped[datetime | None]
+
+
+class BatchLine(Base):
+    """A request of a batch: the frames it became, or why it became none."""
+
+    __tablename__ = "batch_lines"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["batch_id", "account_id"], ["batches.id", "batches.account_id"], ondelete="CASCADE"
+        ),
+        UniqueConstraint("batch_id", "custom_id"),
+        Index("batch_lines_job_idx", "job_id", postgresql_where=text("job_id IS NOT NULL")),
+    )
+
+    batch_id: Mapped[UUID] = mapped_column(primary_key=True)
+    line: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    account_id: Mapped[UUID]
+    custom_id: Mapped[str]
+    job_id: Mapped[UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    first: Mapped[int | None]
+    frames: Mapped[int | None]
+    format: Mapped[str | None]
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
+
+
+class OpenCall(Base):
+    """A synchronous call that was not answered yet."""
+
+    __tablename__ = "open_calls"
+    __table_args__ = (
+        Index("open_calls_body_idx", "account_id", "body_sha256", "attempt"),
+        Index("open_calls_at_idx", "at"),
+    )
+
+    job_id: Mapped[UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    body_sha256: Mapped[bytes]
+    attempt: Mapped[int] = mapped_column(SmallInteger)
+    at: Mapped[datetime] = mapped_column(server_default=NOW)
 
 
 class KnownImage(Base):
@@ -750,6 +1076,10 @@ class Event(Base):
     __table_args__ = (
         Index("events_job_idx", "job_id", "number"),
         Index("events_account_idx", "account_id", "number"),
+        Index("events_job_rare_idx", "job_id", "number", postgresql_where=text("kind <> 'frame.done'")),
+        Index(
+            "events_account_rare_idx", "account_id", "number", postgresql_where=text("kind <> 'frame.done'")
+        ),
         {"postgresql_partition_by": "RANGE (number)"},
     )
 
@@ -760,3 +1090,88 @@ class Event(Base):
     kind: Mapped[str]
     data: Mapped[dict[str, Any]]
     at: Mapped[datetime]
+
+
+class Webhook(Base):
+    """Who is told of an account's events, or of one job's; the secret is computed, not stored."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (
+        UniqueConstraint("id", "account_id"),
+        Index("webhooks_account_idx", "account_id", "id", postgresql_where=text("job_id IS NULL")),
+        Index("webhooks_job_idx", "job_id", postgresql_where=text("job_id IS NOT NULL")),
+        Index(
+            "webhooks_due_idx",
+            "next_at",
+            postgresql_where=text("next_at IS NOT NULL AND disabled_at IS NULL"),
+        ),
+        Index("webhooks_behind_idx", "id", postgresql_where=text("behind_from IS NOT NULL")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"))
+    job_id: Mapped[UUID | None] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    url: Mapped[str]
+    receiver: Mapped[str]
+    kinds: Mapped[list[str]]
+    description: Mapped[str | None]
+    shape: Mapped[str] = mapped_column(server_default=text("''"))
+    base: Mapped[str] = mapped_column(server_default=text("''"))
+    version: Mapped[int] = mapped_column(server_default=text("1"))
+    rotated_at: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    disabled_at: Mapped[datetime | None]
+    disabled_why: Mapped[str | None]
+    failures: Mapped[int] = mapped_column(server_default=text("0"))
+    failing_since: Mapped[datetime | None]
+    next_at: Mapped[datetime | None]
+    paused_until: Mapped[datetime | None]
+    leased_until: Mapped[datetime | None]
+    behind_from: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class CallbackSecret(Base):
+    """The version of the secret of an account's jobs' own callbacks, once it was rotated."""
+
+    __tablename__ = "callback_secrets"
+
+    account_id: Mapped[UUID] = mapped_column(ForeignKey("accounts.id"), primary_key=True)
+    version: Mapped[int]
+    rotated_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class Delivery(Base):
+    """One event on its way to one webhook; tests have no event."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["webhook_id", "account_id"], ["webhooks.id", "webhooks.account_id"], ondelete="CASCADE"
+        ),
+        UniqueConstraint("webhook_id", "event"),
+        Index("deliveries_webhook_idx", "webhook_id", "id"),
+        Index("deliveries_pending_idx", "webhook_id", "id", postgresql_where=text("status = 'pending'")),
+        Index("deliveries_old_idx", "ended_at", postgresql_where=text("ended_at IS NOT NULL")),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    webhook_id: Mapped[UUID]
+    account_id: Mapped[UUID]
+    event: Mapped[int | None] = mapped_column(BigInteger)
+    kind: Mapped[str]
+    status: Mapped[str] = mapped_column(server_default=text("'pending'"))
+    step: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))
+    tries: Mapped[int] = mapped_column(server_default=text("0"))
+    next_at: Mapped[datetime | None] = mapped_column(server_default=func.clock_timestamp())
+    log: Mapped[list[dict[str, Any]]] = mapped_column(JSONB, server_default=text("'[]'"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+    ended_at: Mapped[datetime | None]
+
+
+class DeliveriesUpto(Base):
+    """The last event that was looked at for webhooks."""
+
+    __tablename__ = "deliveries_upto"
+
+    one: Mapped[bool] = mapped_column(primary_key=True, server_default=text("true"))
+    number: Mapped[int] = mapped_column(BigInteger)

@@ -26,6 +26,7 @@ RENDER = "farm.render"
 SUBMIT = "farm.submit"
 SUBMIT_QUEUE = "farm.submit"
 PROGRESS = "farm.progress"  # Redis channel: steps and previews, which may be lost
+PAUSE_S = 0.05  # between two rounds of waking
 BURST_MARGIN_S = 120  # a render task is killed after burst + the longest pack + this
 
 
@@ -165,6 +166,7 @@ class _Waker:
         self._models: set[str] = set()
         self._lock = threading.Lock()
         self._due = threading.Event()
+        self._pause = threading.Event()  # that is never set
         threading.Thread(target=self._run, name="waker", daemon=True).start()
 
     def wake(self, models: Iterable[str]) -> None:
@@ -185,6 +187,8 @@ class _Waker:
                 log.warning("could not wake %s, the sweep will: %s", ", ".join(sorted(models)), e)
             except Exception:
                 log.exception("could not wake %s, the sweep will", ", ".join(sorted(models)))
+            # hundreds of jobs a second would keep this busy for the same few tokens
+            self._pause.wait(PAUSE_S)
 
 
 @cache

@@ -1,13 +1,18 @@
 """Accounts and their API keys."""
 
 import string
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
 from farm import accounts, ids
 from farm.accounts import KEY, Caller, Role
+from farm.api import door
+from farm.api.app import create_app
 from farm.db import transaction
 from farm.errors import Conflict, Forbidden, Invalid, Misconfigured, NotFound, Unauthorized
 from farm.settings import settings
@@ -185,3 +190,101 @@ def test_of_two_that_add_the_same_account_at_once_the_later_is_told(database: st
 def _add(name: str) -> None:
     with transaction() as db:
         accounts.create(db, name)
+
+
+# ------------------------------------------------------------------------------------------------ keys, further
+
+
+def test_scopes_say_what_a_key_may_and_no_more(database: str) -> None:
+    with transaction() as db:
+        acme = accounts.create(db, "acme")
+        caller = accounts.authenticate(db, accounts.issue_key(db, acme, scopes=[Role.SUBMIT])[1])
+        implied = accounts.authenticate(db, accounts.issue_key(db, acme, scopes=[Role.SUBMIT, Role.READ])[1])
+
+    caller.require(Role.SUBMIT)
+    for other in (Role.READ, Role.ADMIN):
+        with pytest.raises(Forbidden, match="scope"):
+            caller.require(other)
+    assert (implied.role, implied.scopes) == (Role.SUBMIT, None)
+    with pytest.raises(Invalid), transaction() as db:
+        accounts.issue_key(db, acme, scopes=[])
+
+
+def test_a_key_opens_nothing_once_it_has_expired(key: str) -> None:
+    with transaction() as db:
+        accounts.change_key(db, key_id(), {"expires_at": datetime.now(UTC) + timedelta(hours=1)})
+    assert who(key).account == "acme"
+
+    ask("UPDATE api_keys SET expires_at = clock_timestamp()")
+
+    with pytest.raises(Unauthorized):
+        who(key)
+    with transaction() as db:
+        accounts.change_key(db, key_id(), {"expires_at": None})
+    assert who(key).account == "acme"
+
+
+def test_a_name_or_time_that_is_not_allowed_is_refused_by_field(key: str) -> None:
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    for name, value in (("name", ""), ("name", "x" * 101), ("name", "a\0b"), ("expires_at", past)):
+        with pytest.raises(Invalid) as refusal, transaction() as db:
+            accounts.change_key(db, key_id(), {name: value})
+        assert [f.field for f in refusal.value.faults] == [name]
+    assert ask("SELECT name, expires_at FROM api_keys") == [(None, None)]
+
+
+def test_a_rotated_secret_works_for_as_long_as_was_said(key: str) -> None:
+    with transaction() as db:
+        second = accounts.rotate_key(db, key_id(), overlap_s=60)
+    assert who(key) == who(second)
+
+    with transaction() as db:
+        third = accounts.rotate_key(db, key_id(), overlap_s=60)
+    assert who(second) == who(third)
+    with pytest.raises(Unauthorized):  # two before
+        who(key)
+
+    ask("UPDATE api_keys SET previous_until = clock_timestamp()")
+    with pytest.raises(Unauthorized):
+        who(second)
+    assert who(third).account == "acme"
+
+
+def test_a_revoked_key_is_not_rotated_and_an_overlap_has_an_end(key: str) -> None:
+    with pytest.raises(Invalid), transaction() as db:
+        accounts.rotate_key(db, key_id(), overlap_s=accounts.MAX_OVERLAP_S + 1)
+    with transaction() as db:
+        accounts.revoke_key(db, key_id())
+    with pytest.raises(Conflict), transaction() as db:
+        accounts.rotate_key(db, key_id())
+
+
+def test_when_a_key_was_used_is_written_once_a_minute_and_not_by_the_request(key: str) -> None:
+    app = create_app()
+    with TestClient(app, headers={"Authorization": f"Bearer {key}"}) as api:
+        assert api.get("/v1/account").status_code == 200
+        assert one("SELECT last_used_at FROM api_keys") is None
+
+        app.state.door.note()
+
+        used = one("SELECT last_used_at FROM api_keys")
+        assert one("SELECT clock_timestamp()") - used < timedelta(seconds=10)
+        app.state.door.note()
+        assert one("SELECT last_used_at FROM api_keys") == used
+        assert api.get("/v1/account").status_code == 200
+    assert one("SELECT last_used_at FROM api_keys") > used  # on the way out
+
+
+def test_a_known_key_is_looked_up_again_after_a_while(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app()
+    with TestClient(app, headers={"Authorization": f"Bearer {key}"}) as api:
+        assert api.get("/v1/account").status_code == 200
+        with transaction() as db:  # by another process
+            accounts.revoke_key(db, key_id())
+        assert api.get("/v1/account").status_code == 200
+
+        now = time.monotonic()
+        monkeypatch.setattr("farm.api.door.time.monotonic", lambda: now + door.KNOWN_S + 1)
+
+        assert api.get("/v1/account").status_code == 401
+    assert door.KNOWN_S <= 5

@@ -888,10 +888,13 @@ def test_a_farm_that_was_there_before_budgets_has_its_tallies_after_migrating(bo
     render(2)
     fold()
     render(2)
-    backfill = Path(migrations.__file__).parent / "versions" / "0002_budgets.sql"
+    versions = Path(migrations.__file__).parent / "versions"
     start, end = "INSERT INTO tallies (account_id, api_key_id, held, folded)", "-- ----"
-    statements = backfill.read_text().split("END $$;")[1]
+    statements = (versions / "0002_budgets.sql").read_text().split("END $$;")[1]
     statements = statements[statements.index(start) :].split(end)[0]
+    start, end = "INSERT INTO tallies (account_id, api_key_id, open_frames)\nSELECT j", "CREATE INDEX"
+    later = (versions / "0014_limits.sql").read_text()
+    statements += later[later.index(start) :].split(end)[0]
 
     # when
     ask("DELETE FROM tallies")

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from farm.catalog import BUILTIN, Catalog, Model, read
 from farm.errors import Misconfigured
+from farm.settings import settings
 from tests.factories import model
 from workers.__main__ import _groups, _visible
 
@@ -113,3 +114,37 @@ def test_a_pool_knows_models_it_serves_beside_another_pool() -> None:
 
     assert [m.name for m in models.pool("b")] == ["alpha", "beta"]
     assert models.pools() == ["a", "b"]
+
+
+def test_a_model_is_found_by_what_other_services_call_it_in_any_case() -> None:
+    models = read(BUILTIN)
+
+    assert models.named("Stability.Stable-Diffusion-XL-v1") is models["sdxl"]
+    assert models.named("black-forest-labs/FLUX.1-schnell") is models["flux1-schnell"]
+    assert models.named("sd15") is models["sd15"]
+    assert models.named("dall-e-3") is None
+
+
+def test_the_default_model_is_the_first_or_the_one_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = read(BUILTIN)
+    assert models.default.name == "starter"
+
+    for name, found in (("sdxl", "sdxl"), ("FLUX.1-dev", None)):
+        monkeypatch.setenv("FARM_DEFAULT_MODEL", name)
+        settings.cache_clear()
+        if found is None:
+            with pytest.raises(Misconfigured, match=r"FLUX\.1-dev"):
+                _ = models.default
+        else:
+            assert models.default.name == found
+    monkeypatch.undo()
+    settings.cache_clear()
+
+
+def test_an_alias_of_two_models_is_refused(tmp_path: Path) -> None:
+    text = BUILTIN.read_text()
+    twice = tmp_path / "catalog.toml"
+    twice.write_text(text.replace('aliases = ["stabilityai/sdxl-turbo"]', 'aliases = ["SDXL"]'))
+
+    with pytest.raises(Misconfigured, match="'SDXL' is of sdxl and of sdxl-turbo"):
+        read(twice)

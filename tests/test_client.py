@@ -20,7 +20,17 @@ from farm.accounts import Role
 from farm.api.app import create_app
 from farm.client import Farm
 from farm.db import transaction
-from farm.errors import Away, Conflict, FarmError, Forbidden, Gone, Invalid, NotFound, Unauthorized
+from farm.errors import (
+    Away,
+    Conflict,
+    FarmError,
+    Forbidden,
+    Gone,
+    Invalid,
+    NotFound,
+    RateLimited,
+    Unauthorized,
+)
 from farm.queue import StoredFrame
 from farm.settings import settings
 from farm.spec import Asked
@@ -262,24 +272,56 @@ def test_it_gives_up_and_says_why(slept: list[float]) -> None:
     assert sum(slept) <= 10
 
 
-@pytest.mark.parametrize(
-    ("call", "error"),
-    [
-        (lambda f: f.add_key("acme"), httpx.ReadTimeout("")),
-        (lambda f: f.rotate_key("key_1"), httpx.Response(503)),
-        (lambda f: f.add_account("acme"), httpx.Response(502)),
-    ],
-)
+@pytest.mark.parametrize("error", [httpx.ReadTimeout(""), httpx.Response(503), httpx.Response(502)])
 def test_what_may_have_been_done_is_not_done_again(
-    slept: list[float], call: Callable[[Farm], Any], error: httpx.Response | Exception
+    slept: list[float], error: httpx.Response | Exception
 ) -> None:
     transport, asked = scripted(error)
 
     with pytest.raises(Away):
-        call(Farm("http://farm", "k", transport=transport))
+        Farm("http://farm", "k", transport=transport).withdraw_price(
+            "starter", datetime(2027, 1, 1, tzinfo=UTC)
+        )
 
     assert len(asked) == 1
     assert slept == []
+
+
+IN_PROGRESS = {"type": "urn:farm:in-progress", "title": "x", "status": 409, "detail": "x", "request": "x"}
+LIMITED = {"type": "urn:farm:rate-limited", "title": "x", "status": 429, "detail": "x", "retry_after_s": 2}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda f: f.add_key("acme"), lambda f: f.rotate_key("key_1"), lambda f: f.add_account("acme"),
+     lambda f: f.quote(RED), lambda f: f.set_price("starter", "1"), lambda f: f.reverse("frm_1", "x")],
+)  # fmt: skip
+def test_what_creates_something_is_sent_again_under_one_key(
+    slept: list[float], call: Callable[[Farm], Any]
+) -> None:
+    transport, asked = scripted(
+        httpx.ReadTimeout(""),
+        httpx.Response(409, json=IN_PROGRESS),
+        httpx.Response(429, json=LIMITED, headers={"Retry-After": "2"}),
+        httpx.Response(404, json={}),
+    )
+
+    with pytest.raises(NotFound):
+        call(Farm("http://farm", "k", transport=transport))
+
+    assert len({r.headers["Idempotency-Key"] for r in asked}) == 1
+    assert len(asked) == 4
+    assert slept == [0.2, 0.4, 2.0]
+
+
+def test_too_many_is_said_with_when_to_come_back(slept: list[float]) -> None:
+    transport, asked = scripted(httpx.Response(429, json=LIMITED, headers={"Retry-After": "600"}))
+
+    with pytest.raises(RateLimited) as refused:
+        Farm("http://farm", "k", transport=transport).me()
+
+    assert refused.value.retry_after_s == 2
+    assert (len(asked), slept) == (1, [])
 
 
 def test_another_program_at_that_address_is_said_so() -> None:

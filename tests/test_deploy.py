@@ -344,7 +344,7 @@ def test_every_command_is_one_of_the_project() -> None:
     ours = {argv[1] for argv in commands if argv[0] == "farm"}
 
     assert [fault for argv in commands for fault in command_faults(argv)] == []
-    assert ours == {"api", "sweep", "intake", "flower", "migrate", "healthcheck"}
+    assert ours == {"api", "sweep", "intake", "deliver", "flower", "migrate", "healthcheck"}
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,8 @@ def test_a_month_is_detached_while_other_months_go_on_working(
     today = submit(caller, 6)
     pack = must_claim()
     later = datetime.now(UTC).replace(day=15) + timedelta(days=61)
-    monkeypatch.setattr(ids, "clock_ms", lambda _db: int(later.timestamp() * 1000))
+    made = ids.new_id
+    monkeypatch.setattr(ids, "new_id", lambda _ms: made(int(later.timestamp() * 1000)))
     other = submit(caller, 2)
     monkeypatch.undo()
     rest = must_claim()

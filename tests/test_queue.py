@@ -14,12 +14,13 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from farm import budgets, jobs, ledger, queue, sweep
+from farm import budgets, jobs, ledger, queue, submissions, sweep
 from farm.catalog import PackLimit
 from farm.db import SQL, sql, transaction
 from farm.queue import ClaimedPack, Settled
 from farm.settings import settings
 from tests.factories import (
+    CATALOG,
     FRAME,
     NOTHING,
     account,
@@ -781,8 +782,11 @@ def test_frames_stored_before_and_a_lane_opened_after_it_was_retired_are_claimed
 
     monkeypatch.setattr(budgets, "admit", admit_after_act)
 
-    # when
-    submit(caller)
+    # when: one that does not go in a single round trip
+    with transaction() as session:
+        spec = {"prompt": "a red circle", "model": "alpha"}
+        sent = submissions.Submission(spec=spec, max_parallel=2)
+        submissions.submit(session, caller, sent, models=CATALOG)
 
     # then
     assert acts == []
@@ -839,13 +843,10 @@ def test_a_key_into_which_frames_come_back_uncommitted_is_not_closed(books: str)
     job = submit(account(), 6)
     first = must_claim()
 
-    with ThreadPoolExecutor(1) as thread:
-        # when the last queued frames are claimed while the first come back
-        with transaction() as db:
-            release(first, db=db)
-            late = thread.submit(must_claim, "b")
-            until_blocked()
-        assert len(late.result().frames) == 2
+    # when the last queued frames are claimed while the first come back: neither waits for the other
+    with transaction() as db:
+        release(first, db=db)
+        assert len(must_claim("b").frames) == 2
 
     # then
     assert open_places(job) == ([True], [True])
@@ -902,8 +903,11 @@ def test_frames_that_come_back_between_any_two_steps_of_closing_are_claimed(
     with ThreadPoolExecutor(1) as thread:
 
         def come_back() -> None:
-            thread.submit(release, pack)
-            until_blocked()  # on the lane that the claim has charged, at last
+            back = thread.submit(release, pack)
+            if statement == "close_lanes":
+                until_blocked()  # on the job lane that is about to be closed
+            else:
+                back.result()
 
         # when
         with before(statement, come_back, monkeypatch):
@@ -1738,6 +1742,7 @@ def test_claiming_of_many_frames_reads_the_indexes_it_names_and_one_partition(cr
         "above": -1,
         "warm": None,
         "suspects": True,
+        "lanes": queue.NEAREST,
     }
     rest = {"alone": False, "frames": 8, "worker": "a", "lease_s": 60.0, "engine": None, "shared": False}
 

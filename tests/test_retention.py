@@ -733,9 +733,9 @@ def test_a_link_gives_the_image_without_a_key_until_it_expires(
 
     assert (found.status_code, found.content, found.headers["content-type"]) == (200, data, "image/png")
     now = time.time()
-    monkeypatch.setattr("farm.api.links.datetime", At(now + 599 - 5))
+    monkeypatch.setattr("farm.links.datetime", At(now + 599 - 5))
     assert api.get(path_of(link["url"])).status_code == 200
-    monkeypatch.setattr("farm.api.links.datetime", At(now + 601))
+    monkeypatch.setattr("farm.links.datetime", At(now + 601))
     assert api.get(path_of(link["url"])).status_code == 410
 
 

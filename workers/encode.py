@@ -22,7 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo, iTXt
 
 from farm.catalog import Model
-from farm.spec import SOMETIMES, Format, Spec
+from farm.spec import SOMETIMES, UNSEEN, Format, Spec
 
 # CPU time and size of one 1024² photo-like image, 2 cores, Pillow 13.0, zlib 1.2.13, 2026:
 #   PNG   level 6          125 ms  2267 KiB     level 1  101 ms  2337 KiB
@@ -100,7 +100,7 @@ def _made_from(spec: Spec) -> dict[str, str]:
     return {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in spec.to_json().items()
-        if name in SOMETIMES and name != "quality"
+        if name in SOMETIMES and name not in ("quality", *UNSEEN)
     }
 
 

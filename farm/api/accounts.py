@@ -1,21 +1,25 @@
-"""Accounts and their API keys."""
+"""Accounts, and what they may do at most."""
 
 from typing import Annotated, Self
 from uuid import UUID
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.orm import Session
 
-from farm import accounts, answers, ids, retention
+from farm import accounts, answers, ids, limits, retention
 from farm.accounts import Caller, Role
-from farm.api.auth import Admin, Reader
+from farm.api.auth import Admin, Anybody
 from farm.api.bodies import Body, described, read
-from farm.api.params import AccountName, KeyId
+from farm.api.idempotency import Once
+from farm.api.limits import rates
+from farm.api.params import AccountName
 from farm.api.problems import documented
 from farm.db import transaction
 from farm.errors import NotFound
-from farm.tables import Account, ApiKey
+from farm.limits import MAX_BIG, MAX_COUNT, MAX_RATE, Limits
+from farm.settings import settings
+from farm.tables import Account
 
 router = APIRouter(prefix="/v1", tags=["accounts"])
 
@@ -51,14 +55,31 @@ class ChangedAccount(BaseModel):
         return self
 
 
-class WantedKey(BaseModel):
+PerSecond = Annotated[
+    float, Field(ge=0, le=MAX_RATE, allow_inf_nan=False, description="0: none; null: as the settings say")
+]
+
+
+class ChangedLimits(BaseModel):
+    """What may be changed of an account's limits, or of a key's: what is left out stays as it is."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    role: Role = Field(Role.SUBMIT, description="each may what the one before may")
+    key: Annotated[str, Field(strict=True, max_length=64)] | None = Field(
+        None, description="the limits of this key of the account; left out: of all its keys together"
+    )
+    reads_per_s: PerSecond | None = None
+    writes_per_s: PerSecond | None = None
+    submissions_per_s: PerSecond | None = None
+    open_frames: Annotated[int, Field(strict=True, ge=0, le=MAX_BIG)] | None = Field(
+        None, description="frames that have not ended; not for a key"
+    )
+    inputs: Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)] | None = None
+    input_bytes: Annotated[int, Field(strict=True, ge=0, le=MAX_BIG)] | None = None
 
 
 @router.get("/account", responses=documented())
-def show_caller(caller: Reader) -> answers.Caller:
+def show_caller(caller: Anybody) -> answers.Caller:
     """The account and the API key this request came with."""
     return answers.Caller(
         id=ids.public("acc", caller.account_id),
@@ -66,14 +87,23 @@ def show_caller(caller: Reader) -> answers.Caller:
         currency=caller.currency,
         key=ids.public("key", caller.key_id),
         role=caller.role,
+        scopes=sorted(accounts.scopes_of(caller.role) if caller.scopes is None else caller.scopes),
+        username=caller.account,
     )
+
+
+@router.get("/limits", responses=documented())
+def show_limits(caller: Anybody) -> answers.Limits:
+    """What the account, and the API key this request came with, may do at most, and what of it is used."""
+    with transaction() as db:
+        return limits_of(db, db.get_one(Account, caller.account_id), ids.public("key", caller.key_id))
 
 
 @router.get("/accounts", tags=["admin"], responses=documented(403))
 def list_accounts(caller: Admin) -> answers.Accounts:
     """Every account."""
     with transaction() as db:
-        return answers.Accounts(accounts=[_account(a) for a in accounts.every(db)])
+        return answers.Accounts(accounts=[shown(a) for a in accounts.every(db)])
 
 
 @router.post(
@@ -83,11 +113,20 @@ def list_accounts(caller: Admin) -> answers.Accounts:
     responses=documented(403, 409, 413, 422),
     openapi_extra=described(NewAccount),
 )
-def add_account(caller: Admin, body: Body) -> answers.Account:
+def add_account(caller: Admin, body: Body, once: Once) -> answers.Account:
     """Add an account."""
     new = read(NewAccount, body)
+    return once(
+        answers.Account,
+        lambda db: shown(accounts.create(db, new.name, currency=new.currency, weight=new.weight)),
+    )
+
+
+@router.get("/accounts/{name}", tags=["admin"], responses=documented(403, 404))
+def show_account(caller: Admin, name: AccountName) -> answers.Account:
+    """An account."""
     with transaction() as db:
-        return _account(accounts.create(db, new.name, currency=new.currency, weight=new.weight))
+        return shown(find(db, name))
 
 
 @router.patch(
@@ -103,58 +142,54 @@ def change_account(caller: Admin, name: AccountName, body: Body) -> answers.Acco
     """
     change = read(ChangedAccount, body)
     with transaction() as db:
-        account = _find(db, name)
+        account = find(db, name)
         if "retention_days" in change.model_fields_set:
             retention.keep_for(account, change.retention_days)
         if "prompt_in_images" in change.model_fields_set:
             account.prompt_in_images = change.prompt_in_images
         db.flush()
-        return _account(account)
+        return shown(account)
 
 
-@router.get("/accounts/{name}/keys", tags=["admin"], responses=documented(403, 404))
-def list_keys(caller: Admin, name: AccountName) -> answers.Keys:
-    """An account's API keys, without their secrets."""
+@router.get("/accounts/{name}/limits", tags=["admin"], responses=documented(403, 404, 422))
+def show_limits_of_account(
+    caller: Admin,
+    name: AccountName,
+    key: Annotated[str | None, Query(description="with the rates of this key of the account")] = None,
+) -> answers.Limits:
+    """What an account may do at most, and what of it is used."""
     with transaction() as db:
-        account = _find(db, name)
-        return answers.Keys(keys=[_key(k, account.name) for k in accounts.keys_of(db, account)])
+        return limits_of(db, find(db, name), key)
 
 
-@router.post(
-    "/accounts/{name}/keys",
+@router.patch(
+    "/accounts/{name}/limits",
     tags=["admin"],
-    status_code=201,
     responses=documented(403, 404, 413, 422),
-    openapi_extra=described(WantedKey),
+    openapi_extra=described(ChangedLimits, {"submissions_per_s": 50, "open_frames": 200_000}),
 )
-def add_key(caller: Admin, name: AccountName, body: Body) -> answers.NewKey:
-    """Add an API key. Its text is in this answer, and nowhere else."""
-    new = read(WantedKey, body)
+def change_limits(caller: Admin, name: AccountName, body: Body, request: Request) -> answers.Limits:
+    """Say what an account, or one of its keys, may do at most; null: what the farm's settings say."""
+    change = read(ChangedLimits, body)
     with transaction() as db:
-        account = _find(db, name)
-        key, text = accounts.issue_key(db, account, role=new.role)
-        db.refresh(key)
-        return answers.NewKey(**_key(key, account.name).model_dump(), api_key=text)
+        changed = put_limits(db, find(db, name), change)
+    request.app.state.door.forget()
+    return changed
 
 
-@router.post("/keys/{key}/rotate", tags=["admin"], responses=documented(403, 404))
-def rotate_key(caller: Admin, key: KeyId) -> answers.NewKey:
-    """Give a key its next secret; the one before stops working."""
-    with transaction() as db:
-        key_id = ids.parse("key", key)
-        text = accounts.rotate_key(db, key_id)
-        db.flush()
-        return answers.NewKey(**_found_key(db, key_id).model_dump(), api_key=text)
+def put_limits(db: Session, account: Account, change: ChangedLimits) -> answers.Limits:
+    key = None if change.key is None else _own_key(db, account, change.key)
+    changes = {n: getattr(change, n) for n in change.model_fields_set if n != "key"}
+    limits.put(db, account, changes, key=key)
+    return limits_of(db, account, change.key)
 
 
-@router.post("/keys/{key}/revoke", tags=["admin"], responses=documented(403, 404))
-def revoke_key(caller: Admin, key: KeyId) -> answers.Key:
-    """Make a key stop working, for good."""
-    with transaction() as db:
-        key_id = ids.parse("key", key)
-        accounts.revoke_key(db, key_id)
-        db.flush()
-        return _found_key(db, key_id)
+def _own_key(db: Session, account: Account, key: str) -> UUID:
+    """Raises NotFound if it is not the account's."""
+    found = accounts.find_key(db, ids.parse("key", key))
+    if found.account_id != account.id:
+        raise NotFound(key=key)
+    return found.id
 
 
 def named(db: Session, caller: Caller, name: str | None) -> Account:
@@ -164,23 +199,18 @@ def named(db: Session, caller: Caller, name: str | None) -> Account:
     """
     if name is None or name == caller.account:
         return db.get_one(Account, caller.account_id)
-    if caller.role is not Role.ADMIN:
+    if not caller.may(Role.ADMIN):
         raise NotFound(account=name)
-    return _find(db, name)
+    return find(db, name)
 
 
-def _find(db: Session, name: str) -> Account:
+def find(db: Session, name: str) -> Account:
     if not accounts.NAME.fullmatch(name):  # no account has such a name, and Postgres may not even take it
         raise NotFound(account=name)
     return accounts.find(db, name)
 
 
-def _found_key(db: Session, key_id: UUID) -> answers.Key:
-    key = db.get_one(ApiKey, key_id)
-    return _key(key, db.get_one(Account, key.account_id).name)
-
-
-def _account(account: Account) -> answers.Account:
+def shown(account: Account) -> answers.Account:
     return answers.Account(
         id=ids.public("acc", account.id),
         name=account.name,
@@ -192,12 +222,22 @@ def _account(account: Account) -> answers.Account:
     )
 
 
-def _key(key: ApiKey, account: str) -> answers.Key:
-    return answers.Key(
-        id=ids.public("key", key.id),
-        account=account,
-        role=key.role,
-        version=key.version,
-        created_at=key.created_at,
-        revoked_at=key.revoked_at,
+def limits_of(db: Session, account: Account, key: str | None) -> answers.Limits:
+    """What an account, and a key of it, may do at most. Raises NotFound if the key is not the account's."""
+    use, own = limits.use(db, account.id), limits.of(db, account.id)
+    rates_of_key = None
+    if key is not None:
+        rates_of_key = _rates(limits.of(db, account.id, _own_key(db, account, key)), own)
+    return answers.Limits(
+        account=account.name,
+        key=key,
+        account_rates=_rates(own),
+        key_rates=rates_of_key,
+        open_frames=answers.Filled(used=use.open_frames, allowed=use.max_open_frames),
+        inputs=answers.Filled(used=use.inputs, allowed=use.max_inputs),
+        input_bytes=answers.Filled(used=use.input_bytes, allowed=use.max_input_bytes),
     )
+
+
+def _rates(*own: Limits) -> answers.Rates:
+    return answers.Rates(**rates(*own), burst_s=settings().rate_burst_s)

@@ -1,4 +1,4 @@
-"""Who a request comes from: an API key as `Bearer …`, `Key …`, or as the password of Basic."""
+"""Who a request comes from: an API key as `Bearer …`, `Key …`, `Token …`, or as the password of Basic."""
 
 import base64
 import binascii
@@ -6,10 +6,11 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from farm import accounts
 from farm.accounts import Caller, Role
-from farm.db import transaction
+from farm.api.door import Door, Known
 from farm.errors import Unauthorized
+
+READS = ("GET", "HEAD", "OPTIONS")
 
 
 def key_in(header: str | None) -> str:
@@ -19,7 +20,7 @@ def key_in(header: str | None) -> str:
     """
     scheme, _, value = (header or "").strip().partition(" ")
     match scheme.lower():
-        case "bearer" | "key":
+        case "bearer" | "key" | "token":
             return value.strip()
         case "basic":
             try:
@@ -29,22 +30,72 @@ def key_in(header: str | None) -> str:
     raise Unauthorized("send an API key as 'Authorization: Bearer farm_…'")
 
 
-def reader(request: Request) -> Caller:
-    with transaction() as db:
-        return accounts.authenticate(db, key_in(request.headers.get("authorization")))
+async def admitted(request: Request, key: str, *, role: Role | None = None) -> Caller:
+    """Who a request with this API key comes from; it counts against the rates of the key and its account.
+
+    Raises Unauthorized, RateLimited, and Forbidden if the key may not do what role says.
+    """
+    door: Door = request.app.state.door
+    found = await door.find(key)
+    request.state.known = found
+    _count(request, "reads" if request.method in READS else "writes")
+    if role is not None:
+        found.caller.require(role)
+    return found.caller
 
 
-def submitter(caller: Annotated[Caller, Depends(reader)]) -> Caller:
+def count_submission(request: Request) -> None:
+    """Count a job against the rates of who was admitted with this request, once. Raises RateLimited."""
+    if not request.scope["state"].get("submits"):
+        request.scope["state"]["submits"] = True
+        _count(request, "submissions")
+
+
+def _count(request: Request, kind: str) -> None:
+    taken = request.app.state.door.take(request.state.known, kind)
+    request.scope["state"].setdefault("rates", []).append(taken)
+    if taken.refused is not None:
+        raise taken.refused
+
+
+async def anybody(request: Request) -> Caller:
+    """Whose key it is, whatever it may do; looked at, and counted, once a request."""
+    known: Known | None = request.scope["state"].get("known")
+    if known is not None:
+        return known.caller
+    return await admitted(request, key_in(request.headers.get("authorization")))
+
+
+# each asks for itself: a dependency of a dependency takes FastAPI as long as this does
+
+
+async def reader(request: Request) -> Caller:
+    caller = await anybody(request)
+    caller.require(Role.READ)
+    return caller
+
+
+async def submitter(request: Request) -> Caller:
+    caller = await anybody(request)
     caller.require(Role.SUBMIT)
     return caller
 
 
-def admin(caller: Annotated[Caller, Depends(reader)]) -> Caller:
+async def submitting(request: Request) -> Caller:
+    caller = await submitter(request)
+    count_submission(request)
+    return caller
+
+
+async def admin(request: Request) -> Caller:
+    caller = await anybody(request)
     caller.require(Role.ADMIN)
     return caller
 
 
-# an operation names the role it needs by the type of its caller
+# an operation names what it needs by the type of its caller
+Anybody = Annotated[Caller, Depends(anybody)]
 Reader = Annotated[Caller, Depends(reader)]
 Submitter = Annotated[Caller, Depends(submitter)]
+Submitting = Annotated[Caller, Depends(submitting)]  # makes jobs: counted as such
 Admin = Annotated[Caller, Depends(admin)]

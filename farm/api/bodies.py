@@ -5,8 +5,8 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
 
-from farm.api.faults import faults_of
 from farm.errors import Invalid, TooLarge
+from farm.faults import faults_of
 
 MAX_BODY_BYTES = 16 << 20
 

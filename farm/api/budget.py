@@ -4,16 +4,16 @@ from decimal import Decimal
 from typing import Annotated
 from uuid import UUID
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from farm import answers, budgets, events, ids, pricing
+from farm import answers, budgets, ids, pricing
 from farm.accounts import Role
 from farm.api.accounts import named
 from farm.api.auth import Admin, Reader
 from farm.api.bodies import Body, described, read
-from farm.api.params import MAX_BIGINT, OfAccount
+from farm.api.params import OfAccount
 from farm.api.problems import documented
 from farm.budgets import Action, Period, Use
 from farm.db import transaction
@@ -61,7 +61,7 @@ def show_budget(caller: Reader, account: OfAccount = None) -> answers.Budgets:
     """The account's budgets, and what of them is gone; of keys' own budgets the caller's, an admin sees all."""
     with transaction() as db:
         owner = named(db, caller, account)
-        return shown(db, owner, key=None if caller.role is Role.ADMIN else caller.key_id)
+        return shown(db, owner, key=None if caller.may(Role.ADMIN) else caller.key_id)
 
 
 @router.put("/budget", tags=["admin"], responses=documented(403, 404, 413, 422),
@@ -71,29 +71,6 @@ def set_budget(caller: Admin, body: Body) -> answers.Budgets:
     wanted = read(WantedBudget, body)
     with transaction() as db:
         return put(db, wanted, named(db, caller, wanted.account))
-
-
-@router.get("/events", tags=["jobs"], responses=documented(422))
-def list_account_events(
-    caller: Reader,
-    after: Annotated[int, Query(ge=0, le=MAX_BIGINT, description="the number of the last one seen")] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
-) -> answers.Events:
-    """What happened to the account's jobs and budgets, in order."""
-    with transaction() as db:
-        rows = events.after(db, after, account_id=caller.account_id, limit=limit)
-    page = [
-        answers.Event(
-            number=e.number,
-            kind=e.kind,
-            job=e.job_id and ids.public("job", e.job_id),
-            frame=e.frame_id and ids.public("frm", e.frame_id),
-            data=e.data,
-            at=e.at,
-        )
-        for e in rows
-    ]
-    return answers.Events(events=page, next=page[-1].number if page else after)
 
 
 def put(db: Session, wanted: WantedBudget, owner: Account) -> answers.Budgets:

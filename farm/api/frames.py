@@ -6,9 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
-from farm import answers, ids, jobs
+from farm import answers, ids, jobs, links
 from farm.accounts import Caller
-from farm.api import links, shown
+from farm.api import shown
 from farm.api.auth import Reader
 from farm.api.params import FrameId, Index, JobId, job_id
 from farm.api.problems import documented

@@ -3,22 +3,21 @@
 import asyncio
 import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from python_multipart.exceptions import MultipartParseError
-from python_multipart.multipart import MultipartParser, parse_options_header
 
 from farm import answers, ids, inputs, submissions
 from farm.accounts import Caller
+from farm.api import forms, ours
 from farm.api.auth import Reader, Submitter
 from farm.api.bodies import limited
 from farm.api.problems import documented
 from farm.db import transaction
 from farm.errors import Fault, Invalid, NotFound
-from farm.features import STORED, refs_of
+from farm.features import STORED, Given, refs_of
 from farm.fetch import NotFetched, fetch
 from farm.inputs import InputView
 from farm.settings import settings
@@ -120,37 +119,9 @@ def _shown(view: InputView) -> answers.Input:
 
 def _file_in(body: bytes, content_type: str) -> tuple[bytes, str]:
     """The one file of a form, and the type it claims."""
-    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
-    parts: list[tuple[dict[bytes, bytes], bytearray]] = []
-    header: list[bytes] = [b"", b""]
-
-    def on_header_end() -> None:
-        parts[-1][0][header[0].lower()] = header[1]
-        header[:] = [b"", b""]
-
-    def into(place: int) -> Any:
-        def add(data: bytes, start: int, end: int) -> None:
-            header[place] += data[start:end]
-
-        return add
-
-    callbacks: Any = {
-        "on_part_begin": lambda: parts.append(({}, bytearray())),
-        "on_part_data": lambda data, start, end: parts[-1][1].extend(data[start:end]),
-        "on_header_field": into(0),
-        "on_header_value": into(1),
-        "on_header_end": on_header_end,
-    }
-    try:
-        parser = MultipartParser(boundary, callbacks)
-        parser.write(body)
-        parser.finalize()
-    except MultipartParseError as e:
-        raise Invalid([Fault("body", None, f"the form cannot be read: {e}")]) from None
-    for headers, data in parts:
-        named = parse_options_header(headers.get(b"content-disposition", b""))[1].get(b"name")
-        if named == b"file":
-            return bytes(data), headers.get(b"content-type", b"").decode("latin-1")
+    for part in forms.parts_of(body, content_type):
+        if part.name == "file":
+            return part.data, part.content_type
     raise Invalid([Fault("file", None, "the form needs a part of this name, with the image")])
 
 
@@ -190,6 +161,8 @@ async def taken(caller: Caller, submission: Submission, *, idempotency_key: str 
 async def _take(account_id: UUID, ref: str, field: str) -> str:
     if ref.startswith("data:"):
         data, kind = await run_in_threadpool(inputs.data_of, ref, field=field)
+    elif (own := await run_in_threadpool(ours.behind, account_id, ref)) is not None:
+        data, kind = own
     else:
         try:
             data, kind = await fetch(ref, max_bytes=settings().input_bytes, within_s=settings().fetch_s)
@@ -197,6 +170,26 @@ async def _take(account_id: UUID, ref: str, field: str) -> str:
             raise Invalid([Fault(field, ref, str(e))]) from None
     await run_in_threadpool(_kept, account_id, data, kind, field=field)
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+async def given(caller: Caller, ref: str, *, field: str) -> Given:
+    """The input that a field names, taken in if it is a URL.
+
+    Raises Invalid naming the field; NotFound and Gone as inputs.known() does.
+    """
+    name = ref if STORED.fullmatch(ref) else await _take(caller.account_id, ref, field)
+    return await run_in_threadpool(_known, caller.account_id, name)
+
+
+async def kept(caller: Caller, data: bytes, content_type: str, *, field: str) -> Given:
+    """An image that was sent, as an input of the account. Raises Invalid naming the field, TooLarge, StorageAway."""
+    view, _ = await run_in_threadpool(_kept, caller.account_id, data, content_type, field=field)
+    return Given(view.input.sha256.hex(), view.input.width, view.input.height)
+
+
+def _known(account_id: UUID, name: str) -> Given:
+    with transaction() as db:
+        return inputs.known(db, account_id, {name})[name]
 
 
 def _came_before(caller: Caller, key: str) -> bool:

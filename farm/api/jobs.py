@@ -1,24 +1,26 @@
-"""Jobs: submit, find, list, cancel, pause, resume, reprioritise; and their events."""
+"""Jobs: submit, find, list, cancel, pause, resume, reprioritise."""
 
 import hashlib
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Self
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.orm import Session
 
-from farm import answers, events, ids, jobs, submissions, tokens
+from farm import answers, control, jobs, submissions, tokens
 from farm.accounts import Caller
 from farm.api import shown
-from farm.api.auth import Reader, Submitter
+from farm.api.auth import Reader, Submitter, Submitting
 from farm.api.bodies import Body, described, read
+from farm.api.enhancer import helped
 from farm.api.inputs import taken
-from farm.api.params import MAX_BIGINT, IdempotencyHeader, JobId, checked_key, job_id
+from farm.api.params import IdempotencyHeader, JobId, checked_key, job_id
 from farm.api.problems import documented
 from farm.api.shown import Around
+from farm.api.waiting import Prefer, Wait, ended, reachable, waiting_s
 from farm.db import transaction
 from farm.errors import Fault, Invalid, NotFound
 from farm.spec import PriorityNumber
@@ -28,13 +30,38 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 
 class Change(BaseModel):
-    """What may be changed of a job that has not ended."""
+    """What may be changed of a job that has not ended: some of it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra={"minProperties": 1})
 
-    priority: PriorityNumber = Field(description="0 to 9, 9 most urgent; or urgent, standard, bulk")
+    priority: PriorityNumber | None = Field(
+        None, description="0 to 9, 9 most urgent; or urgent, standard, bulk"
+    )
+    start_after: control.Moment | None = Field(
+        None, description="no frame is handed out before; null: from now on"
+    )
+    deadline: control.Moment | None = Field(None, description="it lies ahead; null: there is none any more")
+    on_late: control.OnLate | None = Field(None, description="fail or demote what is not done by then")
+    max_parallel: control.Parallel | None = Field(
+        None, description="frames that are rendered at once, at most; null: as many as there is room for"
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError(f"say what to change: {', '.join(type(self).model_fields)}")
+        return self
+
+    def do(self, db: Session, account_id: UUID, job: UUID) -> list[str]:
+        """Returns the models to wake."""
+        models = [] if self.priority is None else jobs.reprioritise(db, account_id, job, self.priority)
+        said = self.model_fields_set - {"priority"} - ({"on_late"} if self.on_late is None else set())
+        if said:
+            models += jobs.change(db, account_id, job, self.model_dump(include=said))
+        return models
 
 
+PARSED_HERE = 8 << 10  # bytes of a body
 EXAMPLES = (
     {"spec": {"prompt": "a red circle on a blue background", "count": 4}},
     {
@@ -58,20 +85,31 @@ EXAMPLES = (
     openapi_extra=described(Submission, *EXAMPLES),
 )
 async def submit_job(
-    caller: Submitter,
+    caller: Submitting,
+    *,
     body: Body,
     request: Request,
     response: Response,
     idempotency_key: IdempotencyHeader = None,
+    wait: Wait = None,
+    prefer: Prefer = None,
 ) -> answers.Job:
     """Accept a job of one spec or many. It is durable when this answers."""
+    wait_s = waiting_s(wait, prefer)
     key = checked_key(idempotency_key, field="Idempotency-Key")
     # images by URL are waited for holding neither a thread nor a connection
-    submission = await run_in_threadpool(read, Submission, body)
+    small = len(body) <= PARSED_HERE  # it takes less than the way to a thread and back
+    submission = read(Submission, body) if small else await run_in_threadpool(read, Submission, body)
     submission = await taken(caller, submission, idempotency_key=key)
-    return await run_in_threadpool(
+    submission = await helped(submission)
+    await reachable(submission)
+    answer = await run_in_threadpool(
         _submit, caller, submission, body=body, request=request, response=response, key=key
     )
+    if wait_s and not answer.ended:
+        await ended(request, caller, job_id(answer.id), wait_s)
+        return await run_in_threadpool(_show, caller, job_id(answer.id), request)
+    return answer
 
 
 def _submit(
@@ -84,15 +122,18 @@ def _submit(
     key: str | None,
 ) -> answers.Job:
     with transaction() as db:
-        made, is_new = submissions.submit(
+        made = submissions.accept(
             db, caller, submission, idempotency_key=key, body_sha256=hashlib.sha256(body).digest()
         )
-    with transaction() as db:  # another one: of an account with a budget the first lets nobody else in
-        models = jobs.models_of(db, made) if is_new else []
-        answer = shown.job(db, jobs.find(db, caller.account_id, made), Around.of(request))
-    tokens.wake(models)
+    if made.is_new:
+        tokens.wake(made.models)
+    if made.row is not None:
+        answer = shown.fresh_job(jobs.fresh(made.row), Around.of(request))
+    else:
+        with transaction() as db:  # another one: of an account with a budget the first lets nobody else in
+            answer = shown.job(db, jobs.find(db, caller.account_id, made.id), Around.of(request))
     response.headers["Location"] = answer.urls.self
-    if not is_new:
+    if not made.is_new:
         response.headers["Idempotent-Replayed"] = "true"
     return answer
 
@@ -121,26 +162,41 @@ def _cursor(before: str) -> UUID:
         raise Invalid([Fault("before", before, "it must be a job's id, as in next")]) from None
 
 
-@router.get("/{job}", responses=documented(404))
-def show_job(caller: Reader, job: JobId, request: Request) -> answers.Job:
-    """A job, and how far it is."""
+@router.get("/{job}", responses=documented(404, 422))
+async def show_job(
+    caller: Reader, job: JobId, request: Request, wait: Wait = None, prefer: Prefer = None
+) -> answers.Job:
+    """A job, and how far it is; once it has ended, if it is waited for and does so in time."""
+    wait_s = waiting_s(wait, prefer)
+    answer = await run_in_threadpool(_show, caller, job_id(job), request)
+    if wait_s and not answer.ended:
+        await ended(request, caller, job_id(job), wait_s)
+        return await run_in_threadpool(_show, caller, job_id(job), request)
+    return answer
+
+
+def _show(caller: Caller, job: UUID, request: Request) -> answers.Job:
     with transaction() as db:
-        return shown.job(db, jobs.find(db, caller.account_id, job_id(job)), Around.of(request))
+        return shown.job(db, jobs.find(db, caller.account_id, job), Around.of(request))
 
 
 @router.patch("/{job}", responses=documented(403, 404, 409, 413, 422), openapi_extra=described(Change))
 def change_job(caller: Submitter, job: JobId, body: Body, request: Request) -> answers.Job:
-    """Move a job to another priority: its next frame is handed out as such."""
+    """Change how urgent a job is, when it runs and how much of it at once. It counts from the next frame on."""
     change = read(Change, body)
-    return _verb(
-        caller, job, request, lambda db, j: jobs.reprioritise(db, caller.account_id, j, change.priority)
-    )
+    return _verb(caller, job, request, lambda db, j: change.do(db, caller.account_id, j))
 
 
 @router.post("/{job}/cancel", responses=documented(403, 404, 409))
 def cancel_job(caller: Submitter, job: JobId, request: Request) -> answers.Job:
     """Stop a job: what is not done by now is neither delivered nor billed."""
     return _verb(caller, job, request, lambda db, j: jobs.cancel(db, caller.account_id, j))
+
+
+@router.post("/{job}/approve", responses=documented(403, 404, 409))
+def approve_job(caller: Submitter, job: JobId, request: Request) -> answers.Job:
+    """Hand out what stands behind a job's proof."""
+    return _verb(caller, job, request, lambda db, j: jobs.approve(db, caller.account_id, j))
 
 
 @router.post("/{job}/pause", responses=documented(403, 404, 409))
@@ -167,28 +223,3 @@ def _verb(
     if models:
         tokens.wake(models)
     return answer
-
-
-@router.get("/{job}/events", responses=documented(404, 422))
-def list_events(
-    caller: Reader,
-    job: JobId,
-    after: Annotated[int, Query(ge=0, le=MAX_BIGINT, description="the number of the last one seen")] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
-) -> answers.Events:
-    """What happened to a job, in order."""
-    with transaction() as db:
-        found = jobs.find(db, caller.account_id, job_id(job)).id
-        rows = events.after(db, after, account_id=caller.account_id, job_id=found, limit=limit)
-    page = [
-        answers.Event(
-            number=e.number,
-            kind=e.kind,
-            job=job,
-            frame=e.frame_id and ids.public("frm", e.frame_id),
-            data=e.data,
-            at=e.at,
-        )
-        for e in rows
-    ]
-    return answers.Events(events=page, next=page[-1].number if page else after)

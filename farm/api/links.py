@@ -1,57 +1,26 @@
-"""Links to files that work without a key: the API signs them for a store that cannot, and serves them.
+"""How the farm's own URLs begin, as the clients of a request reach it.
 
-A link holds the file's key, until when it works, and HMAC-SHA256(FARM_SECRET) over both.
+FARM_PUBLIC_URL says so. Without it the Host header does, and the scheme that X-Forwarded-Proto names where the request
+came through a proxy that uvicorn trusts (FORWARDED_ALLOW_IPS; the loopback if that is not set). So a caller may forge
+the URLs in its own answers, and in nobody else's: set FARM_PUBLIC_URL wherever answers pass a cache.
 """
 
-import base64
-import binascii
-import hashlib
-import hmac
-from datetime import UTC, datetime
+import re
 
-from farm.errors import Gone, Misconfigured, NotFound
+from starlette.requests import HTTPConnection
+
 from farm.settings import settings
-from farm.storage import read_image_key
 
-PURPOSE = b"farm file link 1\n"  # an API key's secret is made of other words
-
-
-def sign(key: str, expires_at: datetime) -> str:
-    """The last part of a link to this file."""
-    said = f"{int(expires_at.timestamp())}.{key}".encode()
-    return f"{_text(said)}.{_text(_digest(said))}"
+HOST = re.compile(r"([A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?")
 
 
-def read(token: str) -> str:
-    """The key of the file that a link is to.
-
-    Raises NotFound if we did not sign it, Gone if it has expired.
-    """
-    said, _, digest = token.partition(".")
-    try:
-        plain, signed = _bytes(said), _bytes(digest)
-    except (binascii.Error, ValueError):
-        raise NotFound("this is no link of ours") from None
-    if not hmac.compare_digest(_digest(plain), signed) or _text(plain) != said or _text(signed) != digest:
-        raise NotFound("this is no link of ours")
-    expires, _, key = plain.decode().partition(".")
-    if datetime.now(UTC).timestamp() >= int(expires):
-        raise Gone("this link has expired; ask for another")
-    if read_image_key(key) is None:
-        raise NotFound("this is no link to an image")
-    return key
-
-
-def _digest(said: bytes) -> bytes:
-    root = settings().secret.get_secret_value()
-    if len(root) < 32:
-        raise Misconfigured("FARM_SECRET needs 32 characters or more", setting="FARM_SECRET")
-    return hmac.digest(root.encode(), PURPOSE + said, hashlib.sha256)
-
-
-def _text(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).decode().rstrip("=")
-
-
-def _bytes(text: str) -> bytes:
-    return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+def base(request: HTTPConnection) -> str:
+    """How clients reach the farm, without a slash at its end."""
+    if settings().public_url:
+        return settings().public_url.rstrip("/")
+    host = request.headers.get("host", "")
+    if not HOST.fullmatch(host):  # nothing that would end up elsewhere in a URL
+        server = request.scope.get("server") or ("127.0.0.1", settings().api_port)
+        host = f"{server[0]}:{server[1]}"
+    scheme = "https" if request.scope.get("scheme") in ("https", "wss") else "http"
+    return f"{scheme}://{host}"

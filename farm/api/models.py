@@ -24,7 +24,8 @@ def list_models(caller: Reader) -> answers.Models:
     with transaction() as db:
         measured = _measured(db)
         return answers.Models(
-            models=[_model(m, _price(db, caller, m), measured[_identity(m)]) for m in models.values()]
+            models=[_model(m, _price(db, caller, m), measured[_identity(m)]) for m in models.values()],
+            data=[answers.ModelListed(id=name) for name in models],
         )
 
 

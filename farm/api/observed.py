@@ -1,14 +1,15 @@
-"""Around every request: an id, a count, how long it took, and an answer when something broke."""
+"""Around every request: an id, a count, how long it took, what of its rates is left, an answer when something broke."""
 
 import logging
+import random
 import time
-import uuid
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from farm.api import problems
+from farm.api.limits import Taken
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = uuid.uuid4().hex[:12]
+        request_id = f"{random.getrandbits(48):012x}"
         scope.setdefault("state", {})["id"] = request_id
         status, began = 0, time.monotonic()
 
@@ -44,7 +45,9 @@ class Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [
+                    *message.get("headers", ()), (b"x-request-id", request_id.encode()), *_rates(scope),
+                ]  # fmt: skip
             await send(message)
 
         try:
@@ -58,7 +61,19 @@ class Observed:
         finally:
             method = scope["method"] if scope["method"] in METHODS else "other"
             self._count.labels(method, _route(scope), str(status or "none")).inc()
-            self._seconds.labels(method, _route(scope)).observe(time.monotonic() - began)
+            if "streamed" not in scope["state"]:  # it lasts as long as its client likes
+                self._seconds.labels(method, _route(scope)).observe(time.monotonic() - began)
+
+
+def _rates(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """What the request has used up, as draft-ietf-httpapi-ratelimit-headers-10 has it."""
+    taken: list[Taken] = scope["state"].get("rates", [])
+    if not taken:
+        return []
+    policy, rest = (
+        ", ".join(item for t in taken for item in getattr(t, part)) for part in ("policy", "rest")
+    )
+    return [(b"ratelimit-policy", policy.encode()), (b"ratelimit", rest.encode())]
 
 
 def _route(scope: Scope) -> str:

@@ -44,6 +44,14 @@ IdempotencyHeader = Annotated[
         description="1 to 255 printable ASCII characters. The same key with the same body is the same job",
     ),
 ]
+AnyIdempotencyHeader = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="1 to 255 printable ASCII characters. The same key with the same body is carried out once, and"
+        " answered the same again, for a day at least",
+    ),
+]
 
 
 def job_id(shown: str) -> UUID:

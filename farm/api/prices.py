@@ -13,6 +13,7 @@ from farm import answers, catalog, pricing
 from farm.api.accounts import named
 from farm.api.auth import Admin, Reader
 from farm.api.bodies import Body, described, read
+from farm.api.idempotency import Once
 from farm.api.params import OfAccount, utc
 from farm.api.problems import documented
 from farm.catalog import Method
@@ -71,14 +72,17 @@ def list_prices(
     return answers.Prices(prices=shown(found, owner))
 
 
-@router.post("", tags=["admin"], status_code=201, responses=documented(403, 404, 413, 422),
+@router.post("", tags=["admin"], status_code=201, responses=documented(403, 404, 409, 413, 422),
              openapi_extra=described(NewPrice, *EXAMPLES))  # fmt: skip
-def set_price(caller: Admin, body: Body) -> answers.DatedPrice:
+def set_price(caller: Admin, body: Body, once: Once) -> answers.DatedPrice:
     """Start a price. It is in force until the next one that is planned; what was admitted keeps its own."""
     new = read(NewPrice, body)
-    with transaction() as db:
+
+    def begin(db: Session) -> answers.DatedPrice:
         owner = None if new.account is None else named(db, caller, new.account)
         return start(db, new, owner, set_by=caller.key_id)
+
+    return once(answers.DatedPrice, begin)
 
 
 @router.delete("", tags=["admin"], responses=documented(403, 404, 422))

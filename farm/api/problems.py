@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -14,13 +13,23 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from farm import errors
-from farm.api.faults import faults_of
-from farm.errors import Away, FarmError, Fault, Forbidden, Invalid, NotFound, Refused, Unauthorized
+from farm.errors import (
+    Away,
+    FarmError,
+    Fault,
+    Forbidden,
+    Invalid,
+    LinesRefused,
+    NotFound,
+    Refused,
+    TooMany,
+    Unauthorized,
+)
+from farm.faults import LONGEST, faults_of, shortened
 
 log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
-LONGEST = 200  # characters of a value that is repeated
 MOST_FAULTS = 100
 OWN = ("type", "title", "status", "detail", "errors", "request")
 
@@ -65,8 +74,12 @@ def of(error: FarmError, request_id: str) -> Response:
             for f in error.faults
         ]
         body |= {"detail": _sentence(shown), "errors": shown[:MOST_FAULTS]}
+        if isinstance(error, LinesRefused):
+            body["upload"] = error.upload
     elif isinstance(error, Refused):
         body |= {k: shortened(v) for k, v in error.facts.items() if k not in OWN}
+        if isinstance(error, TooMany):
+            headers["Retry-After"] = str(error.retry_after_s)
     elif isinstance(error, Away):
         log.warning("request %s: %s", request_id, error)
         body["detail"] = f"{error.title} Try again in {error.retry_after_s} s."
@@ -100,25 +113,6 @@ def _sentence(shown: Sequence[Mapping[str, Any]]) -> str:
 def _response(body: dict[str, Any], request_id: str, headers: Mapping[str, str] | None = None) -> Response:
     text = json.dumps({**body, "request": request_id}, default=str)  # ASCII: whatever came can be encoded
     return Response(text, status_code=body["status"], media_type=MEDIA_TYPE, headers=dict(headers or {}))
-
-
-def shortened(value: Any) -> Any:
-    """The value as JSON can carry it, cut when long."""
-    match value:
-        case None | bool():
-            shown: Any = value
-        case int():
-            shown = value if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
-        case float():
-            shown = value if math.isfinite(value) else str(value)
-        case list() | tuple():
-            shown = f"a list of {len(value)}"
-        case dict():
-            shown = f"an object with {len(value)} fields"
-        case _:
-            text = str(value)
-            shown = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-    return shown
 
 
 # a browser asks its user, and sends what it was told from then on
@@ -164,13 +158,14 @@ WHEN = {
     410: errors.Gone,
     413: errors.TooLarge,
     422: Invalid,
+    429: TooMany,
     503: Away,
 }
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What an operation may answer when it doesn't do what was asked; 401 and 503 always."""
-    return {s: _documented(WHEN[s]) for s in sorted({401, 503, *statuses})}
+    """What an operation may answer when it doesn't do what was asked; 401, 429 and 503 always."""
+    return {s: _documented(WHEN[s]) for s in sorted({401, 429, 503, *statuses})}
 
 
 def _documented(kind: type[FarmError]) -> dict[str, Any]:
@@ -194,7 +189,7 @@ def _documented(kind: type[FarmError]) -> dict[str, Any]:
         "description": error.title,
         "content": {MEDIA_TYPE: {"schema": schema, "example": example}},
     }
-    if kind is Away:
+    if kind in (Away, TooMany):
         answer["headers"] = {"Retry-After": {"description": "seconds", "schema": {"type": "integer"}}}
     if kind is Unauthorized:
         answer["headers"] = {"WWW-Authenticate": {"schema": {"type": "string"}}}

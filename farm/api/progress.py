@@ -9,6 +9,7 @@ import base64
 import json
 import logging
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -24,6 +25,13 @@ WATCHED_S = 15  # a job counts as watched for this long after it was asked for
 TELL_EVERY_S = 0.25
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
 
+Step = tuple[str, int, float]  # job, index, how far
+Picture = tuple[str, int, bytes]  # job, index, JPEG
+
+
+def nobody(_steps: Sequence[Step], _pictures: Sequence[Picture]) -> None:
+    """Who is told as long as nobody listens."""
+
 
 class Progress:
     """The latest step of each frame on a device. One task writes, every thread may read."""
@@ -36,6 +44,11 @@ class Progress:
         self._watched: dict[UUID, float] = {}  # jobs somebody watches → when Redis was told
         self._wanted: set[UUID] = set()
         self._swept = time.monotonic()
+        self.tell: Callable[[Sequence[Step], Sequence[Picture]], None] = nobody  # each time something came
+
+    def watch(self, job_id: UUID) -> None:
+        """Let workers make previews of this job for a while."""
+        self._wanted.add(job_id)
 
     def preview(self, job_id: UUID, index: int, pack: int | None) -> bytes | None:
         """What a frame looks like in this pack, as a JPEG; None if nothing came yet. From now on its job is watched."""
@@ -108,13 +121,19 @@ class Progress:
             self._swept = now
 
     def _take(self, told: Any, now: float) -> None:
+        steps: list[Step] = []
+        pictures: list[Picture] = []
         if "preview" in told:
             job, index, pack, picture = told["preview"]
-            self._previews[str(job), int(index)] = (int(pack), base64.b64decode(picture, validate=True), now)
+            pictures.append((str(job), int(index), base64.b64decode(picture, validate=True)))
+            self._previews[pictures[0][:2]] = (int(pack), pictures[0][2], now)
         for job, index, pack, done, of in told.get("steps", []):
-            self._steps[str(job), int(index)] = (int(pack), _share(done, of), now)
+            steps.append((str(job), int(index), _share(done, of)))
+            self._steps[steps[-1][:2]] = (int(pack), steps[-1][2], now)
         for job, index in told.get("frames", []):  # as workers of an earlier version say it
-            self._steps[str(job), int(index)] = (int(told["pack"]), _share(told["step"], told["of"]), now)
+            steps.append((str(job), int(index), _share(told["step"], told["of"])))
+            self._steps[steps[-1][:2]] = (int(told["pack"]), steps[-1][2], now)
+        self.tell(steps, pictures)
 
 
 def _share(done: float, of: float) -> float:

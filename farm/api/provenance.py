@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from farm import answers, ids, jobs, provenance, tokens
 from farm.api import shown
-from farm.api.auth import Reader, Submitter
+from farm.api.auth import Reader, Submitting
 from farm.api.params import FrameId, IdempotencyHeader, Index, JobId, checked_key, job_id
 from farm.api.problems import documented
 from farm.api.shown import Around
@@ -41,11 +41,11 @@ def show_provenance_of_job(caller: Reader, job: JobId, index: Index) -> answers.
     status_code=202,
     responses={
         202: {"headers": {"Location": {"description": "the job", "schema": {"type": "string"}}}},
-        **documented(403, 404, 409, 422),
+        **documented(402, 403, 404, 409, 422),
     },
 )
 def rerender_frame(
-    caller: Submitter,
+    caller: Submitting,
     frame: FrameId,
     request: Request,
     response: Response,

@@ -2,24 +2,25 @@
 
 from fastapi import APIRouter
 from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session
 
 from farm import answers, budgets, ids, pricing, submissions
-from farm.accounts import Caller
 from farm.api.auth import Submitter
 from farm.api.bodies import Body, described, read
+from farm.api.enhancer import helped
+from farm.api.idempotency import Once
 from farm.api.inputs import taken
 from farm.api.problems import documented
 from farm.budgets import Room
-from farm.db import transaction
 from farm.quotes import Quoted
 from farm.submissions import Submission
 
 router = APIRouter(prefix="/v1/quotes", tags=["jobs"])
 
 
-@router.post("", status_code=201, responses=documented(402, 403, 413, 422),
+@router.post("", status_code=201, responses=documented(402, 403, 404, 409, 410, 413, 422),
              openapi_extra=described(Submission, {"spec": {"prompt": "a red circle", "count": 1000}}))  # fmt: skip
-async def quote_job(caller: Submitter, body: Body) -> answers.Quote:
+async def quote_job(caller: Submitter, body: Body, once: Once) -> answers.Quote:
     """Say what a job costs at most, to the last digit, and when it may be done.
 
     The body is a job's. Submit the same with the quote's id as `quote` until it expires: the job then costs that at
@@ -28,13 +29,13 @@ async def quote_job(caller: Submitter, body: Body) -> answers.Quote:
     """
     submission = await run_in_threadpool(read, Submission, body)
     submission = await taken(caller, submission, idempotency_key=None)
-    return await run_in_threadpool(_quote, caller, submission)
+    submission = await helped(submission)
 
-
-def _quote(caller: Caller, submission: Submission) -> answers.Quote:
-    with transaction() as db:
+    def quote(db: Session) -> answers.Quote:
         quoted = submissions.quote(db, caller, submission)
         return _shown(quoted, budgets.rooms(db, caller, quoted.amount))
+
+    return await run_in_threadpool(once, answers.Quote, quote)
 
 
 def _shown(quoted: Quoted, rooms: list[Room]) -> answers.Quote:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from decimal import Decimal
 from uuid import UUID
 
@@ -10,12 +11,12 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from farm import answers, ids, jobs, pricing
+from farm.api import links
 from farm.api.progress import Progress
-from farm.jobs import JobStatus, JobView
+from farm.jobs import JobStatus, JobView, Pace
 from farm.queue import FrameStatus
-from farm.settings import settings
 from farm.spec import CONTENT_TYPE, Format
-from farm.tables import Frame, Image, Job, Usage
+from farm.tables import Frame, FrameName, Image, Job, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,7 @@ class Around:
 
     @classmethod
     def of(cls, request: Request) -> "Around":
-        url = settings().public_url or str(request.base_url)
-        return cls(url.rstrip("/"), request.app.state.progress)
+        return cls(links.base(request), request.app.state.progress)
 
 
 # ------------------------------------------------------------------------------------------------ jobs
@@ -38,9 +38,15 @@ def job(db: Session, view: JobView, around: Around) -> answers.Job:
     return job_list(db, [view], around)[0]
 
 
+def fresh_job(view: JobView, around: Around) -> answers.Job:
+    """One that was accepted just now: nothing of it was rendered, and the database is not asked."""
+    return _job(view, 0.0, around, None)
+
+
 def job_list(db: Session, views: Sequence[JobView], around: Around) -> list[answers.Job]:
     parts = _parts_done(db, [v.id for v in views if v.running], around.progress)
-    return [_job(v, parts.get(v.id, 0.0), around) for v in views]
+    paces = jobs.paces(db, [v.id for v in views if v.status == "running" and v.done])
+    return [_job(v, parts.get(v.id, 0.0), around, paces.get(v.id)) for v in views]
 
 
 def _parts_done(db: Session, running: Sequence[UUID], progress: Progress) -> Mapping[UUID, float]:
@@ -57,7 +63,7 @@ def _parts_done(db: Session, running: Sequence[UUID], progress: Progress) -> Map
     return parts
 
 
-def _job(view: JobView, part: float, around: Around) -> answers.Job:
+def _job(view: JobView, part: float, around: Around, pace: Pace | None) -> answers.Job:
     name = ids.public("job", view.id)
     url = f"{around.url}/v1/jobs/{name}"
     ended = view.done + view.failed + view.cancelled
@@ -74,6 +80,7 @@ def _job(view: JobView, part: float, around: Around) -> answers.Job:
             failed=view.failed,
             cancelled=view.cancelled,
             waiting=view.waiting,
+            staged=view.staged,
             reused=view.reused,
         ),
         progress=round(min(1.0, (ended + part) / view.frames), 6),
@@ -83,8 +90,33 @@ def _job(view: JobView, part: float, around: Around) -> answers.Job:
         charged=pricing.shown(view.charged),
         created_at=view.created_at,
         ended_at=view.ended_at,
-        urls=answers.JobUrls(self=url, frames=f"{url}/frames", sheet=f"{url}/sheet", cancel=f"{url}/cancel"),
+        proof=view.proof,
+        approved_at=view.approved_at,
+        start_after=view.start_after,
+        deadline=view.deadline,
+        on_late=view.on_late,
+        late_at=view.late_at,
+        max_parallel=view.max_parallel,
+        after=[ids.public("job", first) for first, ok in view.after if not ok],
+        after_ok=[ids.public("job", first) for first, ok in view.after if ok],
+        rate=pace and float(f"{pace.per_s:.3g}"),
+        eta=pace and _eta(pace.at, (view.frames - ended - part) / pace.per_s),
+        urls=answers.JobUrls(
+            self=url,
+            frames=f"{url}/frames",
+            sheet=f"{url}/sheet",
+            cancel=f"{url}/cancel",
+            manifest=f"{url}/manifest",
+            archive=f"{url}/archive",
+        ),
     )
+
+
+def _eta(now: datetime, seconds: float) -> datetime | None:
+    try:
+        return (now + timedelta(seconds=max(0.0, seconds))).replace(microsecond=0)
+    except OverflowError:
+        return None
 
 
 # ------------------------------------------------------------------------------------------------ frames
@@ -96,7 +128,33 @@ def frame(db: Session, row: Frame, around: Around) -> answers.Frame:
 
 def frame_list(db: Session, rows: Sequence[Frame], around: Around) -> list[answers.Frame]:
     images, costs, cancelled = images_of(db, rows), _costs_of(db, rows), cancelled_among(db, rows)
-    return [_frame(r, images.get(r.id), costs.get(r.id), r.job_id in cancelled, around) for r in rows]
+    proofs = jobs.withheld(db, {r.job_id for r in rows if r.status in jobs.BEHIND})
+    names = names_of(db, rows)
+    return [
+        _frame(
+            r,
+            images.get(r.id),
+            costs.get(r.id),
+            around,
+            custom_id=names.get(r.id),
+            status=jobs.shown_status(r, r.job_id in cancelled, proofs.get(r.job_id)),
+        )
+        for r in rows
+    ]
+
+
+def names_of(db: Session, rows: Iterable[Frame]) -> Mapping[UUID, str]:
+    """What the account calls these frames, by their id."""
+    wanted: dict[UUID, list[int]] = {}
+    for row in rows:
+        wanted.setdefault(row.job_id, []).append(row.index)
+    names: dict[UUID, str] = {}
+    for job_id, places in wanted.items():
+        found = select(FrameName.index, FrameName.custom_id).where(
+            FrameName.job_id == job_id, FrameName.index.in_(places)
+        )
+        names |= {ids.frame_id(job_id, index): name for index, name in db.execute(found).tuples()}
+    return names
 
 
 def images_of(db: Session, rows: Iterable[Frame]) -> Mapping[UUID, Image]:
@@ -130,7 +188,13 @@ def _costs_of(db: Session, rows: Iterable[Frame]) -> Mapping[UUID, Decimal]:
 
 
 def _frame(
-    row: Frame, image: Image | None, cost: Decimal | None, job_cancelled: bool, around: Around
+    row: Frame,
+    image: Image | None,
+    cost: Decimal | None,
+    around: Around,
+    *,
+    custom_id: str | None,
+    status: str,
 ) -> answers.Frame:
     name = ids.public("job", row.job_id)
     done = row.status == FrameStatus.DONE
@@ -138,11 +202,13 @@ def _frame(
         id=ids.public("frm", row.id),
         job=name,
         index=row.index,
-        status=jobs.shown_status(row, job_cancelled),
+        custom_id=custom_id,
+        status=status,
         progress=1.0 if done else round(around.progress.of(row.job_id, row.index, row.pack_id), 6),
         attempts=row.attempts,
         seed=row.seed,
         spec=row.spec,
+        revised_prompt=row.spec["prompt"] if "original_prompt" in row.spec else None,
         cost=None if cost is None else pricing.shown(cost),
         reused=row.reused,
         image=image and _image(image, f"{around.url}/v1/jobs/{name}/frames/{row.index}/image"),

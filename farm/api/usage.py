@@ -10,11 +10,13 @@ from uuid import UUID
 from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session
 
 from farm import answers, ids, jobs, ledger, pricing
 from farm.api.accounts import named
 from farm.api.auth import Admin, Reader
 from farm.api.bodies import Body, described, read
+from farm.api.idempotency import Once
 from farm.api.params import MAX_BIGINT, Moment, OfAccount, job_id
 from farm.api.problems import documented
 from farm.db import transaction
@@ -173,18 +175,21 @@ def _hourly(line: HourlyLine) -> answers.HourlyLine:
     responses=documented(403, 404, 409, 413, 422),
     openapi_extra=described(NewReversal),
 )
-def reverse_charge(caller: Admin, body: Body) -> answers.Reversal:
+def reverse_charge(caller: Admin, body: Body, once: Once) -> answers.Reversal:
     """Take back a frame's charge. Money only: the frame stays done and keeps its image."""
     new = read(NewReversal, body)
-    with transaction() as db:
+
+    def reverse(db: Session) -> answers.Reversal:
         done = ledger.reverse(db, ids.parse("frm", new.frame), reason=new.reason, api_key_id=caller.key_id)
-    return answers.Reversal(
-        frame=new.frame,
-        amount=pricing.shown(done.amount),
-        currency=done.currency,
-        reason=new.reason.strip(),
-        at=done.at,
-    )
+        return answers.Reversal(
+            frame=new.frame,
+            amount=pricing.shown(done.amount),
+            currency=done.currency,
+            reason=new.reason.strip(),
+            at=done.at,
+        )
+
+    return once(answers.Reversal, reverse)
 
 
 @router.get("/audit", tags=["admin"], responses=documented(403))

@@ -7,7 +7,24 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from farm.cli import admin, books, frames, inputs, jobs, models, money, serve, show, storage
+from farm.cli import (
+    accounts,
+    admin,
+    books,
+    bulk,
+    control,
+    events,
+    frames,
+    inputs,
+    jobs,
+    models,
+    money,
+    outputs,
+    serve,
+    show,
+    storage,
+    webhooks,
+)
 from farm.cli.session import read_env_file
 from farm.errors import FarmError, Invalid, Unauthorized
 from farm.settings import settings
@@ -22,11 +39,17 @@ app = typer.Typer(
 for group, title in (
     (jobs.app, "Jobs"),
     (frames.app, "Jobs"),
+    (control.app, "Jobs"),
+    (events.app, "Jobs"),
+    (bulk.app, "Jobs"),
+    (outputs.app, "Jobs"),
     (inputs.app, "Jobs"),
+    (webhooks.app, "Webhooks"),
     (storage.app, "The store"),
     (models.app, "Models"),
     (books.app, "The books"),
     (money.app, "Money"),
+    (accounts.app, "The farm"),
     (admin.app, "The farm"),
     (serve.app, "Processes"),
 ):

@@ -1,7 +1,6 @@
 """`farm submit` and what can be done to a job."""
 
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +9,11 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from farm.answers import Frame, Job
-from farm.cli import show
+from farm.cli import show, uploads
 from farm.cli.inputs import Sender, larger, named
 from farm.cli.money import show_quote
-from farm.cli.session import JobId, Json, as_account, on_job
+from farm.cli.session import JobId, Json, as_account, find, on_job
+from farm.cli.times import TIME, moment
 from farm.client import Farm
 from farm.errors import FarmError
 
@@ -36,15 +36,33 @@ def _size(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def _priority(text: str) -> int | str:
+def priority_of(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
 @app.command()
 def submit(
     prompts: Annotated[
-        list[str], typer.Argument(metavar="PROMPT…", help="what to render; several make one job")
-    ],
+        list[str] | None, typer.Argument(metavar="PROMPT…", help="what to render; several make one job")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="lines, .ndjson or .csv, instead of prompts", dir_okay=False, exists=True),
+    ] = None,
+    matrix: Annotated[
+        Path | None,
+        typer.Option(help="a .json of lists, for every combination", dir_okay=False, exists=True),
+    ] = None,
+    preview: Annotated[bool, typer.Option("--preview", help="only show what a matrix comes to")] = False,
+    mode: Annotated[
+        str | None, typer.Option(help="of a file with bad lines: all_or_nothing, if left out, or accept_good")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="an upload of this file that was broken off", metavar="UPLOAD")
+    ] = None,
+    proof: Annotated[
+        int | None, typer.Option(help="render so many images; the rest waits for `farm approve`")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="`farm models` lists them")] = None,
     count: Annotated[int, typer.Option(help="images a prompt, one seed each")] = 1,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels", metavar="64x64")] = None,
@@ -87,6 +105,8 @@ def submit(
         bool, typer.Option("--strict", help="bit for bit the same, whatever it is rendered beside")
     ] = False,
     negative: Annotated[str | None, typer.Option(help="what not to show")] = None,
+    style: Annotated[str | None, typer.Option(help="words that go with the prompt, as photographic")] = None,
+    enhance: Annotated[bool, typer.Option("--enhance", help="add to the prompt what it lacks")] = False,
     name: Annotated[str | None, typer.Option(help="a name for the job")] = None,
     reuse: Annotated[
         bool,
@@ -97,6 +117,21 @@ def submit(
         str | None, typer.Option(help="the id of a quote: at its prices", metavar="QUOTE")
     ] = None,
     budget: Annotated[str | None, typer.Option(help="the most it may cost", metavar="AMOUNT")] = None,
+    after: Annotated[
+        list[str] | None, typer.Option(help="a job that has to end first; repeat it", metavar="JOB")
+    ] = None,
+    after_ok: Annotated[
+        list[str] | None, typer.Option(help="the same, and it has to be all done", metavar="JOB")
+    ] = None,
+    start_after: Annotated[str | None, typer.Option(help=f"not before {TIME}", metavar="TIME")] = None,
+    deadline: Annotated[str | None, typer.Option(help=f"to be done by {TIME}", metavar="TIME")] = None,
+    on_late: Annotated[
+        str | None, typer.Option(help="what is not done by then: fail, if left out, or demote to bulk")
+    ] = None,
+    max_parallel: Annotated[int | None, typer.Option(help="images rendered at once, at most")] = None,
+    webhook: Annotated[
+        str | None, typer.Option(help="tell this URL how it ends (docs/events.md)", metavar="URL")
+    ] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="accept the job once under this key")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="show progress until it has ended")] = False,
     save: Annotated[
@@ -108,6 +143,7 @@ def submit(
     sides = _size(size)
     asked = {"model": model, "count": count, "steps": steps, "guidance": guidance, "sampler": sampler,
              "seed": seed, "format": image_format, "negative_prompt": negative,
+             "style": style, "prompt_enhancement": enhance or None,
              "width": sides and sides[0], "height": sides and sides[1],
              "quality": quality, "strength": strength, "clip_skip": clip_skip, "prompt_weights": weights or None,
              "long_prompt": long or None, "reproducible": "strict" if strict else None,
@@ -121,17 +157,44 @@ def submit(
             "control": [send.control(text, sketch=sketch) for text in control or []] or None,
         }
         common = {k: v for k, v in asked.items() if v is not None}
+        if file or matrix:
+            timing = {"after": [find(farm, first) for first in after or []],
+                      "after_ok": [find(farm, first) for first in after_ok or []],
+                      "start_after": start_after and moment(start_after, "--start-after").isoformat(),
+                      "deadline": deadline and moment(deadline, "--deadline").isoformat(),
+                      "on_late": on_late, "max_parallel": max_parallel}  # fmt: skip
+            facts = {"name": name, "priority": priority_of(priority), "mode": mode, "budget": budget, "proof": proof,
+                     **timing, "reuse": None if reuse else False, "webhook": webhook and {"url": webhook}}  # fmt: skip
+            if prompts or quote:
+                raise typer.BadParameter("a file or a matrix has its own prompts, and no quote")
+            job_id = uploads.submit(
+                farm, {k: v for k, v in facts.items() if v}, common, file=file, matrix=matrix, preview=preview,
+                resume=resume, key=idempotency_key, json=json and not (watch or save),
+            )  # fmt: skip
+            if job_id and (watch or save):
+                _follow(farm, job_id, json=json, save=save)
+            return
+        if not prompts:
+            raise typer.BadParameter("say what to render, or --file or --matrix", param_hint="PROMPT")
         specs: list[dict[str, Any]] = [{"prompt": p, **common} for p in prompts]
         if quote:
-            show_quote(farm.quote(specs, priority=_priority(priority), budget=budget), json)
+            show_quote(farm.quote(specs, priority=priority_of(priority), budget=budget), json)
             return
         job = farm.submit(
             specs[0] if len(specs) == 1 else specs,
-            priority=_priority(priority),
+            priority=priority_of(priority),
             name=name,
             quote=quoted,
             budget=budget,
             reuse=reuse,
+            after=[find(farm, first) for first in after or []],
+            after_ok=[find(farm, first) for first in after_ok or []],
+            start_after=None if start_after is None else moment(start_after, "--start-after"),
+            deadline=None if deadline is None else moment(deadline, "--deadline"),
+            on_late=on_late,
+            max_parallel=max_parallel,
+            proof=proof,
+            webhook=webhook,
             idempotency_key=idempotency_key,
         )
         if not (watch or save):
@@ -160,6 +223,8 @@ def _follow(farm: Farm, job_id: str, *, json: bool = False, save: Path | None = 
         show.as_json(job)
     else:
         _outcome(farm, job)
+        if job.status == "staged":
+            show.say(f"that was the proof; the other {job.counts.staged} wait: farm approve {job.id}")
     if save:
         save_images(farm, job.id, save)
     if job.counts.failed:
@@ -176,13 +241,17 @@ def _progress(farm: Farm, job_id: str) -> Job:
     )
     with Progress(*columns, console=show.err) as bar:
         line = bar.add_task("queued", total=1.0, images="")
-        started, first = time.monotonic(), None
         for job in farm.watch(job_id):
-            first = job.counts.done if first is None else first
-            rate = (job.counts.done - first) / max(0.1, time.monotonic() - started)
-            images = f"{job.counts.done}/{job.frames} images" + (f", {rate:.1f}/s" if rate else "")
+            images = f"{job.counts.done}/{job.frames} images" + pace_of(job)
             bar.update(line, completed=job.progress, description=job.status, images=images)
     return job
+
+
+def pace_of(job: Job) -> str:
+    """How fast a job comes along, and when it is done then."""
+    if job.rate is None:
+        return ""
+    return f", {job.rate:g}/s" + (f", done {job.eta:%Y-%m-%d %H:%M:%S} UTC" if job.eta else "")
 
 
 def _outcome(farm: Farm, job: Job) -> None:
@@ -231,10 +300,10 @@ def jobs(limit: Annotated[int, typer.Option(help="the newest so many")] = 20, js
 def job(job: JobId, json: Json = False) -> None:
     """Show one job."""
     with on_job(job) as (farm, job_id):
-        _show_job(farm.job(job_id), json)
+        show_job(farm.job(job_id), json)
 
 
-def _show_job(job: Job, json: bool) -> None:
+def show_job(job: Job, json: bool) -> None:
     if json:
         show.as_json(job)
         return
@@ -251,7 +320,23 @@ def _show_job(job: Job, json: bool) -> None:
         ("created", job.created_at),
         ("ended", job.ended_at),
     ]  # fmt: skip
+    if job.proof:
+        facts.append(("proof", f"{job.proof} images; {job.counts.staged} wait for `farm approve`"))
+    facts += [(name, value) for name, value in _timing(job) if value]
     show.table(("", ""), facts, empty="")
+
+
+def _timing(job: Job) -> list[tuple[str, Any]]:
+    late = f", and was late at {job.late_at:%Y-%m-%d %H:%M:%S}" if job.late_at else ""
+    deadline = f"{job.deadline:%Y-%m-%d %H:%M:%S}, else {job.on_late}{late}" if job.deadline else None
+    return [
+        ("pace", pace_of(job).removeprefix(", ")),
+        ("after", ", ".join(job.after)),
+        ("after, all done", ", ".join(job.after_ok)),
+        ("start after", job.start_after),
+        ("deadline", deadline),
+        ("at once", job.max_parallel and f"{job.max_parallel} at most"),
+    ]
 
 
 @app.command()
@@ -313,21 +398,28 @@ def write(path: Path, content: bytes) -> None:
 def cancel(job: JobId, json: Json = False) -> None:
     """Stop a job: what was not done is not billed."""
     with on_job(job) as (farm, job_id):
-        _show_job(farm.cancel(job_id), json)
+        show_job(farm.cancel(job_id), json)
+
+
+@app.command()
+def approve(job: JobId, json: Json = False) -> None:
+    """Have the rest of a job rendered, once its proof has shown what it will look like; `farm cancel` drops it."""
+    with on_job(job) as (farm, job_id):
+        show_job(farm.approve(job_id), json)
 
 
 @app.command()
 def pause(job: JobId, json: Json = False) -> None:
     """Hand out no further frame of a job."""
     with on_job(job) as (farm, job_id):
-        _show_job(farm.pause(job_id), json)
+        show_job(farm.pause(job_id), json)
 
 
 @app.command()
 def resume(job: JobId, json: Json = False) -> None:
     """Hand out frames of a paused job again."""
     with on_job(job) as (farm, job_id):
-        _show_job(farm.resume(job_id), json)
+        show_job(farm.resume(job_id), json)
 
 
 @app.command()
@@ -338,7 +430,7 @@ def priority(
 ) -> None:
     """Move a job to another priority: its next frame is handed out as such."""
     with on_job(job) as (farm, job_id):
-        _show_job(farm.reprioritise(job_id, _priority(to)), json)
+        show_job(farm.reprioritise(job_id, priority_of(to)), json)
 
 
 @app.command()

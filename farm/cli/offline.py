@@ -1,7 +1,7 @@
 """Admin of a farm whose API does not run: the same answers, straight from the database."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Self, TypeVar
 
@@ -9,7 +9,6 @@ from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
 from farm import accounts, ids, ledger, pricing, retention
-from farm.accounts import Role
 from farm.answers import (
     Account,
     Audit,
@@ -17,6 +16,7 @@ from farm.answers import (
     DatedPrice,
     ImagesAudit,
     Key,
+    Limits,
     NewKey,
     Unseen,
     Violation,
@@ -28,7 +28,6 @@ from farm.errors import Fault, Invalid
 from farm.settings import settings
 from farm.storage import open_store
 from farm.tables import Account as AccountRow
-from farm.tables import ApiKey
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -42,48 +41,100 @@ class Offline:
     def __exit__(self, *_: object) -> None: ...
 
     def accounts(self) -> list[Account]:
+        from farm.api.accounts import shown
+
         with transaction() as db:
-            return [_account(a) for a in accounts.every(db)]
+            return [shown(a) for a in accounts.every(db)]
+
+    def account(self, name: str) -> Account:
+        from farm.api.accounts import shown
+
+        with transaction() as db:
+            return shown(accounts.find(db, name))
 
     def add_account(self, name: str, *, currency: str, weight: int) -> Account:
+        from farm.api.accounts import shown
+
         with transaction() as db:
-            return _account(accounts.create(db, name, currency=currency, weight=weight))
+            return shown(accounts.create(db, name, currency=currency, weight=weight))
 
     def change_account(self, name: str, *, retention_days: int | None) -> Account:
+        from farm.api.accounts import shown
+
         with transaction() as db:
             account = accounts.find(db, name)
             retention.keep_for(account, retention_days)
-            return _account(account)
+            return shown(account)
 
     def put_prompts(self, name: str, *, inside: bool) -> Account:
+        from farm.api.accounts import shown
+
         with transaction() as db:
             account = accounts.find(db, name)
             account.prompt_in_images = inside
-            return _account(account)
+            return shown(account)
+
+    def limits(self, account: str, *, key: str | None = None) -> Limits:
+        from farm.api.accounts import limits_of
+
+        with transaction() as db:
+            return limits_of(db, accounts.find(db, account), key)
+
+    def change_limits(self, account: str, changes: Mapping[str, Any], *, key: str | None = None) -> Limits:
+        from farm.api.accounts import ChangedLimits, put_limits
+
+        wanted = _read(ChangedLimits, key=key, **changes)
+        with transaction() as db:
+            return put_limits(db, accounts.find(db, account), wanted)
 
     def keys(self, account: str) -> list[Key]:
-        with transaction() as db:
-            return [_key(k, account) for k in accounts.keys_of(db, accounts.find(db, account))]
+        from farm.api.keys import shown
 
-    def add_key(self, account: str, *, role: str) -> NewKey:
-        if role not in list(Role):
-            raise Invalid([Fault("role", role, f"allowed are {', '.join(Role)}")])
         with transaction() as db:
-            key, text = accounts.issue_key(db, accounts.find(db, account), role=Role(role))
-            return _new(db, key, text)
+            return [shown(k, account) for k in accounts.keys_of(db, accounts.find(db, account))]
 
-    def rotate_key(self, key: str) -> NewKey:
+    def key(self, key: str) -> Key:
+        from farm.api.keys import found
+
         with transaction() as db:
-            key_id = ids.parse("key", key)
-            text = accounts.rotate_key(db, key_id)
-            return _new(db, db.get_one(ApiKey, key_id), text)
+            return found(db, ids.parse("key", key))
+
+    def add_key(
+        self,
+        account: str,
+        *,
+        role: str | None = None,
+        scopes: Sequence[str] | None = None,
+        name: str | None = None,
+        expires_at: datetime | None = None,
+    ) -> NewKey:
+        from farm.api.keys import WantedKey, add
+
+        asked = {"role": role, "scopes": scopes, "name": name, "expires_at": expires_at}
+        wanted = _read(WantedKey, **{k: v for k, v in asked.items() if v is not None})
+        with transaction() as db:
+            return add(db, accounts.find(db, account), wanted)
+
+    def change_key(self, key: str, changes: Mapping[str, Any]) -> Key:
+        from farm.api.keys import ChangedKey, change
+
+        wanted = _read(ChangedKey, **changes)
+        with transaction() as db:
+            return change(db, ids.parse("key", key), wanted)
+
+    def rotate_key(self, key: str, *, overlap_s: int = 0) -> NewKey:
+        from farm.api.keys import rotate
+
+        with transaction() as db:
+            return rotate(db, ids.parse("key", key), overlap_s=overlap_s)
 
     def revoke_key(self, key: str) -> Key:
+        from farm.api.keys import found
+
         with transaction() as db:
             key_id = ids.parse("key", key)
             accounts.revoke_key(db, key_id)
-            row = db.get_one(ApiKey, key_id)
-            return _key(row, db.get_one(AccountRow, row.account_id).name)
+            return found(db, key_id)
 
     def prices(
         self, *, model: str | None = None, past: bool = False, account: str | None = None
@@ -219,32 +270,3 @@ def _method(name: str | None) -> Method | None:
 
 def _violations(found: Iterable[ledger.Violation]) -> list[Violation]:
     return [Violation(violation=v.violation, subject=v.subject, detail=v.detail) for v in found]
-
-
-def _account(row: AccountRow) -> Account:
-    return Account(
-        id=ids.public("acc", row.id),
-        name=row.name,
-        currency=row.currency,
-        weight=row.weight,
-        created_at=row.created_at,
-        retention_days=row.retention_days,
-        prompt_in_images=row.prompt_in_images,
-    )
-
-
-def _key(row: ApiKey, account: str) -> Key:
-    return Key(
-        id=ids.public("key", row.id),
-        account=account,
-        role=row.role,
-        version=row.version,
-        created_at=row.created_at,
-        revoked_at=row.revoked_at,
-    )
-
-
-def _new(db: Session, row: ApiKey, text: str) -> NewKey:
-    db.flush()
-    db.refresh(row)
-    return NewKey(**_key(row, db.get_one(AccountRow, row.account_id).name).model_dump(), api_key=text)

@@ -8,6 +8,7 @@ import threading
 import time
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -18,7 +19,7 @@ from farm.settings import settings
 
 app = typer.Typer()
 
-SWEEP_LATE_S = 60.0  # a chore may take this long
+LATE_S = 60.0  # a chore may take this long
 PING_S = 4.0
 
 
@@ -27,6 +28,7 @@ class Process(StrEnum):
     SWEEP = "sweep"
     WORKER = "worker"
     INTAKE = "intake"
+    DELIVER = "deliver"
 
 
 class _AsJson(logging.Formatter):
@@ -78,16 +80,28 @@ def api() -> None:
     """Serve the HTTP API."""
     import uvicorn
 
+    from farm.api.app import create_app
+
     _log()
-    uvicorn.run(
-        "farm.api.app:create_app",
-        factory=True,
+    app = create_app()
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.feed.stop()  # streams and waiting calls would hold it up
+            super().handle_exit(sig, frame)
+
+    config = uvicorn.Config(
+        app,
         host=settings().api_host,
         port=settings().api_port,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=5,
     )
+    server = Server(config)
+    server.run()
+    if not server.started:
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -99,7 +113,20 @@ def sweep() -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    run(stop, beat=_beat)
+    run(stop, beat=_Heart("sweep").beat)
+
+
+@app.command()
+def deliver() -> None:
+    """Tell webhooks what happened, until SIGTERM."""
+    from farm.api.callbacks import SHAPES
+    from farm.deliver import run
+
+    _log()
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    run(stop, SHAPES, beat=_Heart("deliver").beat)
 
 
 @app.command()
@@ -126,8 +153,8 @@ def healthcheck(process: Process) -> None:
     match process:
         case Process.API:
             _check_api()
-        case Process.SWEEP:
-            _check_sweep()
+        case Process.SWEEP | Process.DELIVER:
+            _Heart(process).check()
         case Process.INTAKE:
             _ping(f"intake@{socket.gethostname()}")
         case Process.WORKER:
@@ -145,33 +172,32 @@ def _check_api() -> None:
         raise Away(f"{url}: {e}") from e
 
 
-def _heart() -> Path:
-    """A file of our own that the sweep touches; the container's home is a folder in memory."""
-    return Path.home() / ".cache" / "farm" / "sweep.beat"
+class _Heart:
+    """A file of our own that a process touches; the container's home is a folder in memory."""
 
+    def __init__(self, process: str) -> None:
+        self._process = process
+        self._file = Path.home() / ".cache" / "farm" / f"{process}.beat"
+        self._last = 0.0
 
-_last_beat = 0.0
+    def beat(self) -> None:
+        if time.monotonic() - self._last < 1:
+            return
+        self._last = time.monotonic()
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.touch()
+        except OSError as e:
+            logging.getLogger(__name__).warning("the health check will not know of this process: %s", e)
 
-
-def _beat() -> None:
-    global _last_beat  # noqa: PLW0603 - one sweep a process
-    if time.monotonic() - _last_beat < 1:
-        return
-    _last_beat = time.monotonic()
-    try:
-        _heart().parent.mkdir(parents=True, exist_ok=True)
-        _heart().touch()
-    except OSError as e:
-        logging.getLogger(__name__).warning("the health check will not know of this sweep: %s", e)
-
-
-def _check_sweep() -> None:
-    try:
-        late_s = time.time() - _heart().stat().st_mtime
-    except FileNotFoundError:
-        raise Away("no sweep has run here") from None
-    if late_s > SWEEP_LATE_S:
-        raise Away(f"the sweep was last seen {late_s:.0f} s ago")
+    def check(self) -> None:
+        """Raises Away if it has not beaten for long."""
+        try:
+            late_s = time.time() - self._file.stat().st_mtime
+        except FileNotFoundError:
+            raise Away(f"no {self._process} has run here") from None
+        if late_s > LATE_S:
+            raise Away(f"{self._process} was last seen {late_s:.0f} s ago")
 
 
 def _ping(pattern: str) -> None:

@@ -254,6 +254,7 @@ def _children(running: Running, api_port: int, flower_port: int, workers: int) -
         Child("api", "farm.cli", ["api"], ports),
         Child("sweep", "farm.cli", ["sweep"], no_secret),
         Child("intake", "farm.cli", ["intake"], {}),
+        Child("deliver", "farm.cli", ["deliver"], {"FARM_API_KEY": "", "FARM_ADMIN_KEY": ""}),
         Child(
             "flower",
             "farm.cli",

@@ -39,6 +39,7 @@ SETTINGS = {
     "unix_socket_directories": "",
     "password_encryption": "scram-sha-256",
     "max_connections": 200,
+    "max_locks_per_transaction": 256,  # settling locks 60 tables and indexes: beyond 64 each costs a shared lock
     # 202 means durable
     "fsync": "on",
     "synchronous_commit": "on",

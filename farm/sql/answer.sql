@@ -2,15 +2,16 @@
 -- waiting.
 --
 -- A frame waits for an equal one that is on a device, or queued in a class as urgent where it may be handed out; one that
--- may not be handed out itself waits for any. Of several that have nobody to wait for the most urgent is queued.
+-- may not be handed out itself waits for any; and for one of its own job beyond the job's max_parallel, which it would
+-- stand beside as staged itself; for none behind a proof. Of several that have nobody to wait for the most urgent is queued.
 -- A reused image is charged at the price frozen at admission for that; what rendering would have cost is freed, or with
 -- :at_once, where it is being admitted and no more was held for it, that price.
 -- Locks, as settle.sql: the caller has locked jobs and then these frames. The image's row is locked against being
--- deleted (farm/retention.py). Reads known_images_pkey and frames_equal_idx.
+-- deleted (farm/retention.py). Reads known_images_pkey, frames_equal_idx and frames_staged_equal_idx.
 WITH waiting AS MATERIALIZED (
     SELECT f.id, f.job_id, f.index, f.key_no, f.account_id, f.fingerprint, f.spec ->> 'format' AS format,
            f.quantity * r.rate * CASE r.method WHEN 'mpx_step' THEN 0.00000095367431640625 ELSE 1 END AS freed,
-           j.runnable, j.priority, k.model, k.reuse_price_id, n.image_id
+           j.runnable, j.priority, j.max_parallel, k.model, k.reuse_price_id, n.image_id
     FROM frames AS f
     JOIN jobs AS j ON j.id = f.job_id
     JOIN job_keys AS k ON k.job_id = f.job_id AND k.key_no = f.key_no
@@ -30,7 +31,7 @@ WITH waiting AS MATERIALIZED (
     JOIN image AS i ON i.id = w.image_id
     JOIN prices AS p ON p.id = w.reuse_price_id
 ), alone AS MATERIALIZED (
-    SELECT w.id, w.job_id, w.key_no,
+    SELECT w.id, w.job_id, w.key_no, w.max_parallel,
            row_number() OVER (PARTITION BY w.account_id, w.fingerprint, w.format
                               ORDER BY w.runnable DESC, w.priority DESC, w.id) AS place
     FROM waiting AS w
@@ -40,12 +41,18 @@ WITH waiting AS MATERIALIZED (
         WHERE f.account_id = w.account_id AND f.fingerprint = w.fingerprint AND f.seeded
           AND f.status IN ('queued', 'claimed') AND f.spec ->> 'format' = w.format
           AND j.status <> 'cancelled'
-          AND (f.status = 'claimed' OR j.priority >= w.priority AND (j.runnable OR NOT w.runnable))
-    )
+          AND (f.status = 'claimed' OR j.priority >= w.priority AND (j.runnable OR NOT w.runnable)
+               AND (j.proof IS NULL OR j.approved_at IS NOT NULL OR f.index < j.proof))
+    ) AND (w.max_parallel IS NULL OR NOT EXISTS (
+        SELECT FROM frames AS f
+        WHERE f.account_id = w.account_id AND f.fingerprint = w.fingerprint AND f.seeded AND f.status = 'staged'
+          AND f.job_id = w.job_id AND f.spec ->> 'format' = w.format
+    ))
 ), decided AS MATERIALIZED (
     SELECT id, job_id, key_no, 'done' AS status, image_id FROM reused
     UNION ALL
-    SELECT id, job_id, key_no, 'queued', NULL FROM alone WHERE place = 1
+    SELECT id, job_id, key_no, CASE WHEN max_parallel IS NULL THEN 'queued' ELSE 'staged' END, NULL
+    FROM alone WHERE place = 1
 ), written AS (
     UPDATE frames AS f
     SET status = d.status, image_id = d.image_id, reused = d.status = 'done',

@@ -59,7 +59,8 @@ UNION ALL
 SELECT 'waiting for nobody', f.id::text, ''
 FROM frames AS f
 JOIN jobs AS j ON j.id = f.job_id
-WHERE f.status = 'waiting' AND j.status <> 'cancelled'
+WHERE f.status = 'waiting' AND j.status NOT IN ('cancelled', 'staged')
+  AND (j.proof IS NULL OR j.approved_at IS NOT NULL OR f.index < j.proof)
   AND NOT EXISTS (
       SELECT FROM waiters_due AS d
       WHERE d.account_id = f.account_id AND (d.fingerprints IS NULL OR f.fingerprint = ANY (d.fingerprints))
@@ -167,6 +168,14 @@ SELECT 'budgets count another hold', h.account_id::text, format('tallied %s, hel
 FROM (SELECT account_id, api_key_id, held AS tallied, 0 AS held FROM tallies
       UNION ALL SELECT account_id, api_key_id, 0, held FROM jobs) AS h
 GROUP BY h.account_id, h.api_key_id HAVING sum(h.tallied) <> sum(h.held)
+UNION ALL
+SELECT 'open frames counted otherwise than by jobs', o.account_id::text,
+       format('tallied %s, open %s', sum(o.tallied), sum(o.open))
+FROM (SELECT account_id, open_frames AS tallied, 0 AS open FROM tallies
+      UNION ALL SELECT account_id, 0, frames FROM jobs
+      UNION ALL SELECT j.account_id, 0, -(c.done + c.failed + c.cancelled)
+                FROM counts AS c JOIN jobs AS j ON j.id = c.job_id WHERE c.folded) AS o
+GROUP BY o.account_id HAVING sum(o.tallied) <> sum(o.open)
 UNION ALL -- more is right: a month of usage may have been detached
 SELECT 'budgets count less than was charged', s.account_id::text,
        format('tallied %s, charged %s', sum(s.tallied), sum(s.charged))
@@ -189,3 +198,4 @@ JOIN job_keys AS k USING (job_id, key_no)
 JOIN job_lanes AS jl ON jl.job_id = k.job_id AND jl.model = k.model
 JOIN lanes AS l ON l.model = jl.model AND l.priority = jl.priority AND l.account_id = jl.account_id
 WHERE f.status = 'queued' AND NOT (k.open AND jl.open AND (l.active OR NOT jl.runnable))
+  AND NOT (k.rest AND EXISTS (SELECT FROM jobs AS j WHERE j.id = f.job_id AND j.approved_at IS NULL))

@@ -13,7 +13,7 @@ WITH due AS MATERIALIZED (
 ), forgotten AS (
     DELETE FROM budget_pauses WHERE job_id IN (SELECT id FROM due)
 ), resumed AS (
-    UPDATE jobs AS j SET status = 'active', runnable = true FROM due AS d WHERE j.id = d.id AND d.status = 'paused'
+    UPDATE jobs AS j SET status = 'active', runnable = NOT j.waits FROM due AS d WHERE j.id = d.id AND d.status = 'paused'
     RETURNING j.id, j.account_id
 ), told AS (
     INSERT INTO outbox (account_id, job_id, kind, data)

@@ -1,5 +1,5 @@
 -- Lock the active lanes that hold no open, runnable job, to retire them. SKIP LOCKED: one that somebody fills or
--- charges just now is not empty for long. Reads lanes_active_idx, job_lanes_head_idx.
+-- charges just now is not empty for long; FOR UPDATE, as who fills an active one holds it FOR KEY SHARE. Reads lanes_active_idx, job_lanes_head_idx.
 SELECT l.model, l.priority, l.account_id
 FROM lanes AS l
 WHERE l.active AND NOT EXISTS (
@@ -8,4 +8,4 @@ WHERE l.active AND NOT EXISTS (
       AND jl.runnable AND jl.open
 )
 LIMIT 5000
-FOR NO KEY UPDATE SKIP LOCKED
+FOR UPDATE SKIP LOCKED

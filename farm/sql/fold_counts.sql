@@ -1,5 +1,6 @@
 -- Fold up to :n deltas of ended frames, each job's into one row, and lower its hold by what they freed. What they were
--- charged goes to the account's tallies in the same statement: spent and held together never miss any of it.
+-- charged goes to the account's tallies in the same statement: spent and held together never miss any of it;
+-- nor do open frames count longer than their end is unfolded.
 -- The jobs in the order of their ids, SKIP LOCKED: a fold never waits, and never makes a settle wait long.
 WITH due AS MATERIALIZED (
     SELECT id, account_id, api_key_id FROM jobs
@@ -24,6 +25,13 @@ WITH due AS MATERIALIZED (
     FROM taken AS t JOIN due AS d ON d.id = t.job_id
     WHERE NOT t.folded AND t.charged <> 0
     GROUP BY 1, 2, 3
+), closed AS (
+    INSERT INTO tallies (account_id, api_key_id, open_frames)
+    SELECT d.account_id, d.api_key_id, -sum(t.done + t.failed + t.cancelled)
+    FROM taken AS t JOIN due AS d ON d.id = t.job_id
+    WHERE NOT t.folded
+    GROUP BY 1, 2
+    HAVING sum(t.done + t.failed + t.cancelled) <> 0
 )
 UPDATE jobs AS j
 SET held = j.held - t.freed_now

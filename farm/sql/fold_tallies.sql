@@ -8,8 +8,8 @@ WITH due AS MATERIALIZED (
       AND t.month IS NOT DISTINCT FROM d.month
     RETURNING t.*
 ), put AS (
-    INSERT INTO tallies (account_id, api_key_id, month, held, spent, folded)
-    SELECT account_id, api_key_id, month, sum(held), sum(spent), true
+    INSERT INTO tallies (account_id, api_key_id, month, held, spent, open_frames, folded)
+    SELECT account_id, api_key_id, month, sum(held), sum(spent), sum(open_frames), true
     FROM taken
     GROUP BY account_id, api_key_id, month
 )

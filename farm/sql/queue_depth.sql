@@ -13,7 +13,8 @@ WITH running AS MATERIALIZED (
     WHERE a.runnable AND a.open
 ), waiting AS (
     SELECT jl.model, jl.priority, j.created_at,
-           j.frames - coalesce(e.frames, 0) - coalesce(r.frames, 0) AS frames
+           CASE WHEN j.proof IS NOT NULL AND j.approved_at IS NULL THEN j.proof ELSE j.frames END
+               - coalesce(e.frames, 0) - coalesce(r.frames, 0) AS frames
     FROM job_lanes AS jl
     JOIN jobs AS j ON j.id = jl.job_id
     LEFT JOIN (SELECT job_id, sum(done + failed + cancelled) AS frames FROM counts GROUP BY job_id) AS e

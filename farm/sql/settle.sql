@@ -82,12 +82,12 @@ WITH stored AS MATERIALIZED (
         gpu_ms = (SELECT max(s.gpu_ms) FROM stored AS s WHERE s.pack_id = p.id)
     WHERE p.id = ANY (CAST(:held AS bigint[]))
       AND NOT EXISTS (SELECT FROM frames AS f WHERE f.pack_id = p.id AND f.id <> ALL (ARRAY (SELECT id FROM mine)))
-)
-SELECT m.id, m.job_id, m.cancelled, j.over
-FROM mine AS m
-JOIN (
-    SELECT id, NOT EXISTS (
+), rest AS MATERIALIZED ( -- looked for once a job, not once a frame
+    SELECT j.id, NOT EXISTS (
         SELECT FROM frames AS f
         WHERE f.job_id = j.id AND f.status = 'queued' AND f.id > j.id AND f.id <= last_frame_id(j.id)) AS over
     FROM unnest(CAST(:jobs AS uuid[])) AS j (id)
-) AS j ON j.id = m.job_id
+)
+SELECT m.id, m.job_id, m.cancelled, j.over
+FROM mine AS m
+JOIN rest AS j ON j.id = m.job_id

@@ -1,5 +1,6 @@
 """What pydantic found wrong, in the farm's words: field, value, what is allowed."""
 
+import math
 import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -10,6 +11,7 @@ from farm.errors import Fault
 from farm.settings import settings
 from farm.spec import MAX_PROMPT, MAX_SEED
 
+LONGEST = 200  # characters of a value that is repeated
 PLACES = ("body", "query", "path", "header", "cookie")  # FastAPI puts one before the field's path
 
 
@@ -109,3 +111,22 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if get_origin(annotation) in (Union, types.UnionType, list, Annotated):
         return next((m for a in get_args(annotation) if (m := _model_in(a))), None)
     return None
+
+
+def shortened(value: Any) -> Any:
+    """The value as JSON can carry it, cut when long."""
+    match value:
+        case None | bool():
+            shown: Any = value
+        case int():
+            shown = value if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
+        case float():
+            shown = value if math.isfinite(value) else str(value)
+        case list() | tuple():
+            shown = f"a list of {len(value)}"
+        case dict():
+            shown = f"an object with {len(value)} fields"
+        case _:
+            text = str(value)
+            shown = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    return shown

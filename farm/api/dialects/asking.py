@@ -1,0 +1,39 @@
+"""From a dialect's fields to a Submission, with its faults by the dialect's names."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from farm.api.dialects.served import as_called
+from farm.errors import Fault, Invalid
+from farm.faults import faults_of
+from farm.submissions import Submission
+from farm.webhooks import ShapedCallback
+
+
+def submission(*specs: Mapping[str, Any], names: Mapping[str, str], **job: Any) -> Submission:
+    """A job of these specs; what is None is left open. names: what the dialect calls the spec's fields.
+
+    Raises Invalid.
+    """
+    asked = [{name: value for name, value in spec.items() if value is not None} for spec in specs]
+    said = {name: value for name, value in job.items() if value is not None}
+    try:
+        if len(asked) == 1:
+            return Submission.model_validate({"spec": asked[0], **said})
+        return Submission.model_validate({"specs": asked, **said})
+    except ValidationError as e:
+        faults = faults_of(e.errors(include_url=False), Submission)
+        raise Invalid([as_called(f, names) for f in faults]) from None
+
+
+def callback(url: str, kinds: Sequence[str], *, shape: str, base: str, field: str) -> ShapedCallback:
+    """Where to tell of a job, in the dialect's own shape; base: how the caller reached the farm, for links.
+
+    Raises Invalid naming the dialect's field; whether it may be told is looked at when the job is submitted.
+    """
+    try:
+        return ShapedCallback(url=url, kinds=list(dict.fromkeys(kinds)), shape=shape, base=base)
+    except ValidationError:
+        raise Invalid([Fault(field, url, "it must be an https:// URL of up to 4096 characters")]) from None

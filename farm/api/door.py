@@ -1,0 +1,97 @@
+"""Who comes in: API keys that are known for some seconds, their rates, and when each was used last.
+
+Looking a key up takes a query and a thread: one that was looked up is taken for what it was then for KNOWN_S. A key
+that is rotated, revoked, expired or limited otherwise is what it is now at once in the process that did it, and after
+KNOWN_S at most in the others.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from dataclasses import dataclass
+from uuid import UUID
+
+from fastapi.concurrency import run_in_threadpool
+
+from farm import accounts, limits
+from farm.accounts import Caller
+from farm.api.limits import Buckets, Taken
+from farm.db import transaction
+from farm.errors import FarmError
+from farm.limits import Limits
+
+log = logging.getLogger(__name__)
+
+KNOWN_S = 3.0
+MOST = 10_000  # keys known at a time
+USE_S = 60.0  # how often it is written down that a key was used
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A key that was looked up, and what was set for its account and for itself."""
+
+    caller: Caller
+    account: Limits
+    key: Limits
+    until: float
+
+
+class Door:
+    """Of one process. Its methods are for the event loop, but forget()."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Known] = {}  # by the hash of the key's text
+        self._buckets = Buckets()
+        self._used: dict[UUID, float] = {}
+
+    def take(self, found: Known, kind: str) -> Taken:
+        """Count a request: reads, writes or submissions."""
+        return self._buckets.take(found.caller, kind, found.account, found.key)
+
+    async def find(self, text: str) -> Known:
+        """Who this API key belongs to. Raises Unauthorized as accounts.authenticate() does."""
+        name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        found = self._known.get(name)
+        if found is None or found.until < time.monotonic():
+            found = await run_in_threadpool(_look_up, text)
+            if len(self._known) >= MOST:
+                self._known.clear()
+            self._known[name] = found
+        self._used[found.caller.key_id] = time.monotonic()
+        return found
+
+    def forget(self) -> None:
+        """Look every key up again: one of them was changed."""
+        self._known = {}
+
+    # -------------------------------------------------------------------------------------------- last used
+
+    async def follow(self) -> None:
+        """Write down when keys were used, once a minute; and once more when this is cancelled."""
+        try:
+            while True:
+                await asyncio.sleep(USE_S)
+                await run_in_threadpool(self.note)
+        finally:
+            self.note()
+
+    def note(self) -> None:
+        """Write down which keys were used since the last time."""
+        used, self._used = self._used, {}
+        if not used:
+            return
+        now = time.monotonic()
+        try:
+            with transaction() as db:
+                accounts.note_use(db, {key: now - at for key, at in used.items()})
+        except FarmError as e:
+            log.warning("when keys were used is not written down: %s", e)
+
+
+def _look_up(text: str) -> Known:
+    with transaction() as db:
+        caller = accounts.authenticate(db, text)
+        account, key = limits.both(db, caller)
+    return Known(caller, account, key, time.monotonic() + KNOWN_S)
