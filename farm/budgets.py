@@ -25,7 +25,7 @@ from sqlalchemy import delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from farm import ids
+from farm import ids, lanes
 from farm.accounts import Caller
 from farm.db import sql, together
 from farm.errors import BudgetExceeded, Fault, Invalid
@@ -309,7 +309,7 @@ def enforce(db: Session, *, limit: int = 5000) -> int:
         changed += int(db.scalar(sql("budget_pause"), {"n": limit}) or 0)
     resumed = db.scalars(sql("budget_resume"), {"n": limit}).all()
     if resumed:
-        db.execute(sql("open_lanes"), {"jobs": resumed})
+        lanes.open_for(db, resumed)
     return changed + len(resumed)
 
 

@@ -25,7 +25,7 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from farm import budgets, control, events, ids, pricing, webhooks
+from farm import budgets, control, events, ids, lanes, pricing, webhooks
 from farm.accounts import Caller
 from farm.db import sql
 from farm.errors import Conflict, Fault, Invalid, NotFound
@@ -253,7 +253,7 @@ def _accept(db: Session, caller: Caller, upload: BulkUpload, facts: Facts) -> li
     budgets.admit(db, caller, job.quoted)
     if job.waits:
         return []
-    return sorted(r.model for r in db.execute(sql("open_lanes"), {"jobs": [job.id]}))
+    return lanes.open_for(db, [job.id])
 
 
 def _keep_key(db: Session, upload: BulkUpload, key: str) -> None:

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
-from farm import ids, queue
+from farm import ids, lanes, queue
 from farm.db import sql
 from farm.errors import Fault, Invalid, NotFound
 from farm.tables import Job, JobAfter
@@ -171,7 +171,7 @@ def release(db: Session, *, limit: int = 1000) -> int:
     rows = db.execute(sql("release_jobs"), {"n": limit}).all()
     runnable = [r.id for r in rows if r.runnable]
     if runnable:
-        db.execute(sql("open_lanes"), {"jobs": runnable})
+        lanes.open_for(db, runnable)
     return len(rows) + narrowed
 
 
@@ -183,5 +183,5 @@ def note_late(db: Session, *, limit: int = 1000) -> int:
     rows = db.execute(sql("late_jobs"), {"n": limit}).all()
     demoted = [r.id for r in rows if r.on_late == OnLate.DEMOTE]
     if demoted:
-        db.execute(sql("open_lanes"), {"jobs": demoted})
+        lanes.open_for(db, demoted)
     return len(rows)

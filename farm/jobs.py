@@ -12,7 +12,7 @@ from uuid import UUID
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from farm import budgets, control, events, ids, queue
+from farm import budgets, control, events, ids, lanes, queue
 from farm.db import sql
 from farm.errors import Conflict, Gone, Invalid, NotFound
 from farm.queue import FrameStatus
@@ -393,7 +393,7 @@ def _cap(db: Session, job: Job, max_parallel: int | None) -> None:
 
 def _reopen(db: Session, job_id: UUID) -> list[str]:
     db.flush()
-    return sorted(r.model for r in db.execute(sql("open_lanes"), {"jobs": [job_id]}))
+    return lanes.open_for(db, [job_id])
 
 
 def _locked(db: Session, account_id: UUID, job_id: UUID) -> Job:

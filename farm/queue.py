@@ -37,6 +37,7 @@ from uuid import UUID
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
+from farm import lanes
 from farm.catalog import PackLimit
 from farm.db import array, hot, sql
 from farm.settings import settings
@@ -288,18 +289,18 @@ def _close_empty(db: Session, models: Sequence[str]) -> None:
 def _close(db: Session, keys: Sequence[tuple[UUID, int]]) -> None:
     """Close job keys that a claim emptied, and then their job lanes: the next head need not look there."""
     locked = db.execute(sql("close_keys"), _columns(("jobs", "keys"), keys)).all()
-    lanes = db.execute(sql("close"), _columns(("jobs", "keys"), locked)).all() if locked else None
-    if lanes:
-        db.execute(sql("close_lanes"), _columns(("jobs", "models"), lanes))
+    left = db.execute(sql("close"), _columns(("jobs", "keys"), locked)).all() if locked else None
+    if left:
+        db.execute(sql("close_lanes"), _columns(("jobs", "models"), left))
 
 
 def retire_lanes(db: Session) -> int:
     """Make lanes inactive that hold no open job: the next head need not look there. Returns how many it tried."""
     db.execute(ASYNC)
-    lanes = db.execute(sql("empty_lanes")).all()
-    if lanes:
-        db.execute(sql("retire"), _columns(("models", "priorities", "accounts"), lanes))
-    return len(lanes)
+    empty = db.execute(sql("empty_lanes")).all()
+    if empty:
+        db.execute(sql("retire"), _columns(("models", "priorities", "accounts"), empty))
+    return len(empty)
 
 
 def extend(db: Session, *, worker: str, packs: Sequence[int]) -> Extended:
@@ -482,7 +483,7 @@ def reopen_lanes(db: Session) -> int:
     """Make lanes active that hold runnable work but are not. Returns how many jobs were found waiting there."""
     jobs = db.scalars(sql("reopen_lanes")).all()
     if jobs:
-        db.execute(sql("open_lanes"), {"jobs": jobs})
+        lanes.open_for(db, jobs)
     return len(jobs)
 
 
@@ -524,7 +525,7 @@ def _queued_again(db: Session, keys: Sequence[tuple[UUID, int]]) -> None:
         db.execute(sql("open_keys"), _columns(("jobs", "keys"), keys))
         jobs = sorted({job for job, _ in keys})
         db.execute(sql("open_job_lanes"), {"jobs": jobs})
-        db.execute(sql("open_lanes"), {"jobs": jobs})
+        lanes.open_for(db, jobs)
 
 
 def _hold(db: Session, packs: Iterable[int]) -> Sequence[int]:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from farm import budgets, control, drafts, ids, inputs, limits, once, pricing, quotes, reuse, webhooks
+from farm import budgets, control, drafts, ids, inputs, lanes, limits, once, pricing, quotes, reuse, webhooks
 from farm.accounts import Caller
 from farm.catalog import Catalog, catalog
 from farm.db import array, together
@@ -158,7 +158,7 @@ def accept(
         },
     )
     rows = _rows(job_id, draft, rates=rates, matched=matched, staged_from=staged_from)
-    lanes = [("open_lanes", {"jobs": [job_id]})] if open_keys and not timing.columns["waits"] else []
+    then = lanes.opening([job_id]) if open_keys and not timing.columns["waits"] else []
     names = tuple(sorted({model.name for _, _, model in draft.keys.values()}))
     statements: list[tuple[str, Mapping[str, Any]]] = [admitted]
     if len(draft.frames) <= AT_ONCE:
@@ -166,9 +166,9 @@ def accept(
         statements.append(("insert_frames", columns | {"job_id": job_id, "account_id": caller.account_id}))
         if _is_plain(submission, timing, draft, matched):  # one round trip for all of it
             if opened.has_budget:
-                budgets.admit(db, caller, costs, first=statements, then=lanes)
+                budgets.admit(db, caller, costs, first=statements, then=then)
             else:
-                together(db, [*statements, *lanes])
+                together(db, [*statements, *then])
             row = {n: v for n, v in admitted[1].items() if n in SHOWN}
             row |= {"id": job_id, "status": "active", "held": costs, "created_at": opened.began}
             return Accepted(job_id, True, names, row)
@@ -187,7 +187,7 @@ def accept(
     if quote is not None:
         quote.job_id = job_id
         db.flush()
-    budgets.admit(db, caller, costs, then=lanes)
+    budgets.admit(db, caller, costs, then=then)
     return Accepted(job_id, True, names)
 
 

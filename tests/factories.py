@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Row, text
 from sqlalchemy.orm import Session
 
-from farm import accounts, jobs, ledger, pricing, queue, submissions
+from farm import accounts, jobs, lanes, ledger, pricing, queue, submissions
 from farm.accounts import Caller, Role
 from farm.catalog import BUILTIN, Catalog, Model, PackLimit, read
 from farm.db import hot, sql, transaction
@@ -292,6 +292,7 @@ def before(statement: str, act: Callable[[], object], monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(queue, "sql", sql_after_act)
+        patch.setattr(lanes, "sql", sql_after_act)
         patch.setattr(queue, "hot", hot_after_act)
         yield
     assert not acts, f"{statement} was not run"

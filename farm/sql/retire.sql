@@ -1,6 +1,6 @@
 -- Retire the lanes that hold no open job still. empty_lanes.sql locked them in an earlier statement of this
--- transaction: whoever fills a lane writes it last, so what was filled before that lock is seen here, and what comes
--- later waits for us and then makes it active again.
+-- transaction: whoever fills a lane takes its lock last, so what was filled before is seen here, and what comes later
+-- waits for us and then makes it active again.
 UPDATE lanes AS l
 SET active = false
 FROM unnest(CAST(:models AS text[]), CAST(:priorities AS smallint[]), CAST(:accounts AS uuid[]))

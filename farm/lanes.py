@@ -1,0 +1,20 @@
+"""Lanes of jobs that have work again: made active, and kept so against who retires empty ones."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.orm import Session
+
+from farm.db import sql
+
+
+def opening(jobs: Sequence[UUID]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The last two statements of a transaction that gives jobs something to claim, as db.together() takes them."""
+    return [("hold_lanes", {"jobs": list(jobs)}), ("open_lanes", {"jobs": list(jobs)})]
+
+
+def open_for(db: Session, jobs: Sequence[UUID]) -> list[str]:
+    """Make the lanes of these jobs active, at the end of the transaction. Returns the models to wake after it."""
+    db.execute(sql("hold_lanes"), {"jobs": list(jobs)})
+    return sorted({r.model for r in db.execute(sql("open_lanes"), {"jobs": list(jobs)})})
