@@ -194,20 +194,6 @@ def _view(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How many frames a second were done of a job of late, as seen at a moment."""
-
-    per_s: float
-    at: datetime
-
-
-def paces(db: Session, jobs: Sequence[UUID]) -> dict[UUID, Pace]:
-    """The paces of those of these jobs of which frames were done in the last minute."""
-    rows = db.execute(sql("job_pace"), {"jobs": list(jobs)}) if jobs else ()
-    return {r.job_id: Pace(float(r.frames / r.seconds), r.at) for r in rows}
-
-
 def frames_of(
     db: Session, job_id: UUID, *, first: int = 0, limit: int = 100, status: FrameStatus | None = None
 ) -> Sequence[Frame]:

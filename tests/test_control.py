@@ -11,7 +11,7 @@ from uuid import UUID
 import pytest
 from sqlalchemy import text
 
-from farm import budgets, control, ids, jobs, queue, submissions, sweep
+from farm import budgets, control, ids, jobs, pace, queue, submissions, sweep
 from farm.accounts import Caller
 from farm.db import transaction
 from farm.errors import Conflict, Invalid, NotFound
@@ -739,17 +739,17 @@ def test_a_running_job_tells_its_pace(books: str) -> None:
     caller = account()
     job = send(caller, 8)
     with transaction() as db:
-        assert jobs.paces(db, [job]) == {}
+        assert pace.of(db, [job]) == {}
 
     settle(must_claim())
     do("relay")
     ask("UPDATE events SET at = at - interval '10 s'")
 
     with transaction() as db:
-        assert jobs.paces(db, [job])[job].per_s == pytest.approx(0.4, rel=0.1)
+        assert pace.of(db, [job])[job].per_s == pytest.approx(0.4, rel=0.1)
     ask("UPDATE events SET at = at - interval '10 min'")
     with transaction() as db:
-        assert jobs.paces(db, [job]) == {}
+        assert pace.of(db, [job]) == {}
 
 
 # ------------------------------------------------------------------------------------------------ with proofs

@@ -10,10 +10,11 @@ from fastapi import Request
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from farm import answers, ids, jobs, pricing
+from farm import answers, ids, jobs, pace, pricing
 from farm.api import links
 from farm.api.progress import Progress
-from farm.jobs import JobStatus, JobView, Pace
+from farm.jobs import JobStatus, JobView
+from farm.pace import Pace
 from farm.queue import FrameStatus
 from farm.spec import CONTENT_TYPE, Format
 from farm.tables import Frame, FrameName, Image, Job, Usage
@@ -45,7 +46,7 @@ def fresh_job(view: JobView, around: Around) -> answers.Job:
 
 def job_list(db: Session, views: Sequence[JobView], around: Around) -> list[answers.Job]:
     parts = _parts_done(db, [v.id for v in views if v.running], around.progress)
-    paces = jobs.paces(db, [v.id for v in views if v.status == "running" and v.done])
+    paces = pace.of(db, [v.id for v in views if v.status == "running" and v.done])
     return [_job(v, parts.get(v.id, 0.0), around, paces.get(v.id)) for v in views]
 
 
@@ -63,7 +64,7 @@ def _parts_done(db: Session, running: Sequence[UUID], progress: Progress) -> Map
     return parts
 
 
-def _job(view: JobView, part: float, around: Around, pace: Pace | None) -> answers.Job:
+def _job(view: JobView, part: float, around: Around, of_late: Pace | None) -> answers.Job:
     name = ids.public("job", view.id)
     url = f"{around.url}/v1/jobs/{name}"
     ended = view.done + view.failed + view.cancelled
@@ -99,8 +100,8 @@ def _job(view: JobView, part: float, around: Around, pace: Pace | None) -> answe
         max_parallel=view.max_parallel,
         after=[ids.public("job", first) for first, ok in view.after if not ok],
         after_ok=[ids.public("job", first) for first, ok in view.after if ok],
-        rate=pace and float(f"{pace.per_s:.3g}"),
-        eta=pace and _eta(pace.at, (view.frames - ended - part) / pace.per_s),
+        rate=of_late and float(f"{of_late.per_s:.3g}"),
+        eta=of_late and _eta(of_late.at, (view.frames - ended - part) / of_late.per_s),
         urls=answers.JobUrls(
             self=url,
             frames=f"{url}/frames",
