@@ -124,7 +124,7 @@ def test_engines_and_balance(farm: RunningFarm, api: httpx.Client) -> None:
     assert put.status_code == 200, put.text
     assert engines["starter"]["type"] == "PICTURE"
     assert unlimited == 1_000_000
-    left = float(put.json()["left"])  # others of these tests draw as the stranger
+    left = float(put.json()["budgets"][0]["left"])  # others of these tests draw as the stranger
     assert 12 < left <= 12.5
     assert stranger.get("/v1/user/balance").json() == {"credits": left}
 
