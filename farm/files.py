@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session
 
 from farm import ids
 from farm.db import transaction
-from farm.errors import Away, Gone, NotFound, StorageAway, TooLarge
+from farm.errors import Gone, NotFound, StorageAway, TooLarge
 from farm.settings import settings
-from farm.storage import open_store
+from farm.storage import delete_some, open_store
 from farm.tables import File
 
 ID = re.compile(r"file-([0-9a-f]{32})")
@@ -175,16 +175,13 @@ def purge() -> int:
     store = open_store(settings().storage_url.get_secret_value())
     with transaction() as db:
         rows = db.execute(text(DYING), {"n": AT_ONCE}).all()
-    gone, error = [], None
-    for row in rows:
-        try:
-            store.delete(key_of(row.account_id, row.id))
-        except Away as e:
-            error = e
-            break
-        gone.append(row.id)
+    gone, error = delete_some(store, [key_of(r.account_id, r.id) for r in rows])
     with transaction() as db:
-        db.execute(update(File).where(File.id.in_(gone)).values(purged_at=func.clock_timestamp()))
+        db.execute(
+            update(File)
+            .where(File.id.in_([r.id for r in rows[:gone]]))
+            .values(purged_at=func.clock_timestamp())
+        )
     if error is not None:
         raise error
-    return len(gone)
+    return gone

@@ -21,12 +21,12 @@ from sqlalchemy.orm import Session
 
 from farm import ids, limits, picture
 from farm.db import transaction
-from farm.errors import Away, Conflict, Fault, Gone, Invalid, NotFound, StorageAway
+from farm.errors import Conflict, Fault, Gone, Invalid, NotFound, StorageAway
 from farm.features import Given
 from farm.picture import Picture
 from farm.settings import settings
 from farm.spec import CONTENT_TYPE, Format
-from farm.storage import Store, open_store
+from farm.storage import Store, delete_some, open_store
 from farm.tables import Input, Job, JobInput
 
 TOUCH_S = 3600  # used_at is right within this
@@ -294,16 +294,13 @@ def purge() -> int:
     store: Store = open_store(settings().storage_url.get_secret_value())
     with transaction() as db:
         rows = db.execute(text(DYING), {"after": UUID(int=0), "n": AT_ONCE}).all()
-    gone, error = [], None
-    for row in rows:
-        try:
-            store.delete(key_of(row.account_id, row.id))
-        except Away as e:
-            error = e
-            break
-        gone.append(row.id)
+    gone, error = delete_some(store, [key_of(r.account_id, r.id) for r in rows])
     with transaction() as db:
-        db.execute(update(Input).where(Input.id.in_(gone)).values(purged_at=func.clock_timestamp()))
+        db.execute(
+            update(Input)
+            .where(Input.id.in_([r.id for r in rows[:gone]]))
+            .values(purged_at=func.clock_timestamp())
+        )
     if error is not None:
         raise error
-    return len(gone)
+    return gone

@@ -7,7 +7,7 @@ same bytes, so no store needs conditional writes, and a read can tell that it go
 import hashlib
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,7 +16,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 from uuid import UUID
 
-from farm.errors import Damaged, FarmError, Fault, Invalid, Misconfigured
+from farm.errors import Away, Damaged, FarmError, Fault, Invalid, Misconfigured
 
 SETTING = "FARM_STORAGE_URL"
 ALLOWED = "file:///folder or s3://bucket/prefix?endpoint=https://…&region=…&sse=AES256|aws:kms&kms_key=…&storage_class=…"
@@ -172,6 +172,16 @@ def check_same(data: bytes, got: bytes) -> None:
             wrote_bytes=len(data),
             read_bytes=len(got),
         )
+
+
+def delete_some(store: Store, keys: Sequence[str]) -> tuple[int, Away | None]:
+    """Delete files in this order until the store is away. Returns how many went, and why not more."""
+    for gone, key in enumerate(keys):
+        try:
+            store.delete(key)
+        except Away as e:
+            return gone, e
+    return len(keys), None
 
 
 @cache
