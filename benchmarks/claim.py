@@ -13,10 +13,14 @@ import multiprocessing
 import os
 import random
 import sys
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from uuid import UUID
 
 from sqlalchemy import text
@@ -38,6 +42,7 @@ SHAPES = [(64, 64), (96, 64), (64, 96), (96, 96)]
 SPECS = [{"width": w, "height": h, "steps": s} for w, h in SHAPES for s in (10, 20)]  # 8 keys
 FRAMES_A_JOB = 10_000
 LIMITS = {"starter": PackLimit(frames=8, pixels=1 << 30)}
+IN_HAND = 6  # packs that a worker has on its shelf before it claims no more: workers/run.py
 LARGE = {"starter": PackLimit(frames=16, pixels=1 << 30)}
 
 PLAIN = """
@@ -187,33 +192,45 @@ def _warm(_number: int) -> None:
 
 
 def _work(number: int, seconds: float) -> tuple[int, float]:
-    """As a worker does it: a pack is settled by a thread of its own while the next one is claimed."""
-    started, settled = time.monotonic(), 0
-    booked: Future[int] | None = None
+    """As a worker does it: a thread of its own settles what is ready, while the next packs are claimed."""
+    started = time.monotonic()
+    rendered: SimpleQueue[ClaimedPack | None] = SimpleQueue()
+    room = threading.Semaphore(IN_HAND)
     with ThreadPoolExecutor(1) as shelf:
-        while time.monotonic() - started < seconds:
-            pack = _claim(f"bench-{os.getpid()}", LARGE)
-            settled += booked.result() if booked else 0
-            if pack is None:
-                booked = None
+        booked = shelf.submit(_settle_all, rendered, room)
+        while time.monotonic() - started < seconds and not booked.done():
+            room.acquire()
+            if (pack := _claim(f"bench-{os.getpid()}", LARGE)) is None:
                 break
-            booked = shelf.submit(_settle, pack)
-        settled += booked.result() if booked else 0
+            rendered.put(pack)
+        rendered.put(None)
+        settled = booked.result()
     return settled, time.monotonic() - started
 
 
-def _settle(pack: ClaimedPack) -> int:
-    done, over, at_once = 0, set[UUID](), settings().settle_frames
-    for first in range(0, len(pack.frames), at_once):
-        stored = [_stored(pack, k) for k in range(first, min(first + at_once, len(pack.frames)))]
+def _settle_all(rendered: "SimpleQueue[ClaimedPack | None]", room: threading.Semaphore) -> int:
+    """Settle packs until there comes none; several at once if they are there already."""
+    settled = 0
+    while (pack := rendered.get()) is not None:
+        packs = [pack]
+        with suppress(Empty):
+            while sum(len(p.frames) for p in packs) + LARGE["starter"].frames <= settings().settle_at_once:
+                if (pack := rendered.get_nowait()) is None:
+                    rendered.put(None)
+                    break
+                packs.append(pack)
+        settled += _settle(packs)
+        room.release(len(packs))
+    return settled
+
+
+def _settle(packs: Sequence[ClaimedPack]) -> int:
+    with transaction() as db:
+        result = queue.settle(db, [_stored(pack, k) for pack in packs for k in range(len(pack.frames))])
+    if result.over:
         with transaction() as db:
-            result = queue.settle(db, stored)
-        done += len(result.done)
-        over |= result.over
-    if over:
-        with transaction() as db:
-            queue.finish(db, sorted(over))
-    return done
+            queue.finish(db, sorted(result.over))
+    return len(result.done)
 
 
 def _stored(pack: ClaimedPack, k: int) -> StoredFrame:

@@ -96,6 +96,7 @@ class Head:
     call_key: str
     shape_key: str
     pixels: int
+    work: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +239,7 @@ def take(
             "account_id": head.account_id,
             "call_key": key,
             "frame_id": head.frame_id,
+            "work": head.work,
             "alone": head.suspect,
             "frames": frames,
             "worker": worker,

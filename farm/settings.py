@@ -97,8 +97,9 @@ class Settings(BaseSettings):
     max_bulk: int = Field(5_000_000, ge=1, le=16_000_000, description="lines of one bulk upload")
     bulk_s: float = Field(86_400.0, gt=0, description="an upload nobody goes on with is discarded then")
     max_attempts: int = Field(3, ge=1, description="packs a frame may take down alone before it fails")
-    settle_frames: int = Field(16, ge=1)
-    settle_ms: int = Field(200, ge=0)
+    settle_frames: int = Field(16, ge=1, description="frames that settling waits for")
+    settle_ms: int = Field(200, ge=0, description="but no longer than this")
+    settle_at_once: int = Field(64, ge=1, description="frames settled at once if so many are there already")
     checkpoint_bytes: int = Field(8 << 20, ge=0, description="a frame whose state is larger is not saved")
     checkpoints_bytes: int = Field(64 << 20, ge=0, description="what one worker may have saved in Redis")
 

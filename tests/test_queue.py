@@ -1758,7 +1758,7 @@ def test_claiming_of_many_frames_reads_the_indexes_it_names_and_one_partition(cr
         head = db.execute(sql("head"), values).one()
         db.rollback()
     facts = head._asdict()
-    claiming = {k: facts[k] for k in ("model", "priority", "account_id", "call_key", "frame_id")}
+    claiming = {k: facts[k] for k in ("model", "priority", "account_id", "call_key", "frame_id", "work")}
 
     # when
     plans = {

@@ -284,7 +284,7 @@ def test_a_job_made_urgent_in_flight_is_picked_from_then_on(house: pytest.Monkey
 
 def head(*, priority: int = 5, shape: str = "a", pixels: int = 512 * 512) -> queue.Head:
     account_id = frame_id = UUID(int=0)
-    return queue.Head("stepper", priority, account_id, False, frame_id, False, "call", shape, pixels)
+    return queue.Head("stepper", priority, account_id, False, frame_id, False, "call", shape, pixels, pixels)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,9 @@ from workers.trust import Ailment, Blame, Trust, is_device_error, too_fast
 
 log = logging.getLogger(__name__)
 
-PACKS_IN_HAND = 3  # on the shelf at once: more means that the store or the database cannot follow
+PACKS_IN_HAND = (
+    6  # on the shelf at once, settled together: more means that the store or the database cannot follow
+)
 FRAMES_IN_HAND = 64  # of models that go step by step: these come one by one
 TELL_EVERY_S = 1.0  # of packs that join others
 

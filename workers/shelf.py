@@ -208,17 +208,21 @@ class Shelf:
             return {pack_id: self._gpu_ms[pack_id]}
 
     def _settle_all(self) -> None:
-        """Settle what was stored since the last time: 16 frames or what 200 ms brought; an urgent one at once."""
+        """Settle what was stored since the last time: 16 frames or what 200 ms brought; an urgent one at once.
+
+        What came while the last ones were settled comes along: most of what settling costs, it costs once a time.
+        """
         while True:
             batch = [self._stored.get()]
             until = time.monotonic() + settings().settle_ms / 1000
-            while (
-                len(batch) < settings().settle_frames
-                and not self._is_last(batch)
-                and not _is_urgent(batch[-1])
-            ):
+            while len(batch) < settings().settle_at_once:
+                enough = (
+                    len(batch) >= settings().settle_frames or self._is_last(batch) or _is_urgent(batch[-1])
+                )
                 try:
-                    batch.append(self._stored.get(timeout=max(0.0, until - time.monotonic())))
+                    batch.append(
+                        self._stored.get(timeout=0.0 if enough else max(0.0, until - time.monotonic()))
+                    )
                 except queues.Empty:
                     break
             try:

@@ -3,14 +3,14 @@
 -- 256 jobs at most: if they find nothing (its job was paused since, or stands behind that many), the head frame goes
 -- alone. A model that packs by shape is claimed with shape_key in place of k.call_key, which farm/queue.py puts there.
 --
--- SKIP LOCKED: two workers neither wait for nor get the same frame. Lanes are locked in the order of their
--- keys before they are charged: bumped in no order they gave 10 deadlocks in 20,000 frames (DESIGN.md). By a join, no
--- subquery: a lane that a rival charged meanwhile is checked again, and the join's row is kept for that.
+-- SKIP LOCKED: two workers neither wait for nor get the same frame. Lanes are charged in the order of their keys:
+-- in no order that gave 10 deadlocks in 20,000 frames (DESIGN.md). By a function, with a snapshot of its own for each:
+-- where a rival charged one meanwhile, this whole statement was set up again to check its row, twice.
 -- UPDATE by id = ANY(ARRAY(…)): as a join the planner guessed thousands of rows and read the whole table.
 -- The bounds on id keep it within the partitions at hand. Reads job_lanes_head_idx, job_keys_call_idx,
 -- frames_queued_idx. emptied: this took the last queued frame of its key.
 WITH own AS MATERIALIZED (
-    SELECT f.id, f.account_id, j.priority
+    SELECT f.id, f.account_id, j.priority, f.work
     FROM (
         SELECT jl.priority, k.job_id, k.key_no
         FROM job_lanes AS jl
@@ -21,7 +21,7 @@ WITH own AS MATERIALIZED (
         LIMIT 256
     ) AS j
     CROSS JOIN LATERAL (
-        SELECT f.id, f.account_id
+        SELECT f.id, f.account_id, f.work
         FROM frames AS f
         WHERE f.job_id = j.job_id AND f.key_no = j.key_no AND f.status = 'queued' AND NOT f.suspect
           AND f.id > j.job_id AND f.id <= last_frame_id(j.job_id)
@@ -31,7 +31,7 @@ WITH own AS MATERIALIZED (
     WHERE NOT :alone
     LIMIT :frames
 ), others AS MATERIALIZED (
-    SELECT f.id, f.account_id, j.priority
+    SELECT f.id, f.account_id, j.priority, f.work
     FROM (
         SELECT jl.priority, k.job_id, k.key_no
         FROM job_keys AS k
@@ -42,7 +42,7 @@ WITH own AS MATERIALIZED (
         LIMIT 256
     ) AS j
     CROSS JOIN LATERAL (
-        SELECT f.id, f.account_id
+        SELECT f.id, f.account_id, f.work
         FROM frames AS f
         WHERE f.job_id = j.job_id AND f.key_no = j.key_no AND f.status = 'queued' AND NOT f.suspect
           AND f.id > j.job_id AND f.id <= last_frame_id(j.job_id)
@@ -52,21 +52,17 @@ WITH own AS MATERIALIZED (
     WHERE NOT :alone
     LIMIT greatest(0, :frames - (SELECT count(*) FROM own))
 ), picked AS MATERIALIZED (
-    SELECT id, account_id, priority FROM own
+    SELECT id, account_id, priority, work FROM own
     UNION ALL
-    SELECT id, account_id, priority FROM others
+    SELECT id, account_id, priority, work FROM others
     UNION ALL
-    SELECT CAST(:frame_id AS uuid), CAST(:account_id AS uuid), CAST(:priority AS smallint)
+    SELECT CAST(:frame_id AS uuid), CAST(:account_id AS uuid), CAST(:priority AS smallint), CAST(:work AS bigint)
     WHERE :alone OR NOT EXISTS (SELECT FROM own) AND NOT EXISTS (SELECT FROM others)
 ), pack AS (
     INSERT INTO packs (worker, model, call_key, priority, frames, work, lease_until, engine, shared)
-    SELECT :worker, :model, :call_key, :priority, count(*), sum(f.work),
+    SELECT :worker, :model, :call_key, :priority, count(*), sum(work),
            clock_timestamp() + make_interval(secs => :lease_s), CAST(:engine AS jsonb), :shared
-    FROM frames AS f
-    WHERE f.id = ANY (ARRAY (SELECT id FROM picked))
-      AND f.id >= (SELECT id FROM picked ORDER BY id LIMIT 1)
-      AND f.id <= (SELECT id FROM picked ORDER BY id DESC LIMIT 1)
-    HAVING count(*) > 0
+    FROM picked
     RETURNING id, lease_until
 ), taken AS (
     UPDATE frames AS f
@@ -77,24 +73,15 @@ WITH own AS MATERIALIZED (
     RETURNING f.id, f.job_id, f.index AS frame_index, f.key_no, f.account_id, f.seed, f.work,
               CAST(f.spec AS text) AS spec
 ), cost AS (
-    SELECT p.priority, p.account_id, sum(t.work) / a.weight AS served
-    FROM taken AS t
-    JOIN picked AS p ON p.id = t.id
-    JOIN accounts AS a ON a.id = t.account_id
+    SELECT p.priority, p.account_id, CAST(sum(p.work) / a.weight AS bigint) AS served
+    FROM picked AS p
+    JOIN accounts AS a ON a.id = p.account_id
     GROUP BY p.priority, p.account_id, a.weight
-), locked AS MATERIALIZED (
-    SELECT l.priority, l.account_id
-    FROM lanes AS l
-    JOIN cost AS c ON c.priority = l.priority AND c.account_id = l.account_id
-    WHERE l.model = :model
-    ORDER BY l.priority, l.account_id
-    FOR NO KEY UPDATE OF l
-), charged AS (
-    UPDATE lanes AS l
-    SET served = l.served + c.served, waiting_at = clock_timestamp()
-    FROM cost AS c, locked AS k
-    WHERE l.model = :model AND l.priority = c.priority AND l.account_id = c.account_id
-      AND k.priority = c.priority AND k.account_id = c.account_id
+), charged AS MATERIALIZED (
+    SELECT charge_lanes(:model, array_agg(priority ORDER BY priority, account_id),
+                        array_agg(account_id ORDER BY priority, account_id),
+                        array_agg(served ORDER BY priority, account_id))
+    FROM cost
 ), emptied AS MATERIALIZED (
     SELECT k.job_id, k.key_no
     FROM (SELECT DISTINCT job_id, key_no FROM taken) AS k
@@ -107,5 +94,6 @@ WITH own AS MATERIALIZED (
 )
 SELECT pack.id AS pack_id, pack.lease_until, t.*, p.priority, a.prompt_in_images AS prompt,
        (t.job_id, t.key_no) IN (SELECT job_id, key_no FROM emptied) AS emptied
-FROM taken AS t CROSS JOIN pack JOIN picked AS p ON p.id = t.id JOIN accounts AS a ON a.id = t.account_id
+FROM taken AS t CROSS JOIN pack CROSS JOIN charged JOIN picked AS p ON p.id = t.id
+JOIN accounts AS a ON a.id = t.account_id
 ORDER BY t.id

@@ -26,10 +26,10 @@ WITH nearest AS MATERIALIZED (
 )
 SELECT set_config('synchronous_commit', 'off', true), -- a claim that a crash undoes was never made
        o.model, o.priority, o.account_id, o.aged,
-       h.frame_id, h.suspect, h.call_key, h.shape_key, h.pixels
+       h.frame_id, h.suspect, h.call_key, h.shape_key, h.pixels, h.work
 FROM ordered AS o
 CROSS JOIN LATERAL (
-    SELECT f.id AS frame_id, f.suspect, k.call_key, k.shape_key, k.pixels
+    SELECT f.id AS frame_id, f.suspect, k.call_key, k.shape_key, k.pixels, f.work
     FROM (
         SELECT jl.job_id
         FROM job_lanes AS jl
@@ -44,7 +44,7 @@ CROSS JOIN LATERAL (
         ORDER BY k.key_no
     ) AS k
     CROSS JOIN LATERAL (
-        SELECT f.id, f.suspect
+        SELECT f.id, f.suspect, f.work
         FROM frames AS f
         WHERE f.job_id = k.job_id AND f.key_no = k.key_no AND f.status = 'queued'
           AND f.id > k.job_id AND f.id <= last_frame_id(k.job_id) AND (:suspects OR NOT f.suspect)

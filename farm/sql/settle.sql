@@ -81,7 +81,8 @@ WITH stored AS MATERIALIZED (
     SET closed_at = clock_timestamp(), outcome = 'settled',
         gpu_ms = (SELECT max(s.gpu_ms) FROM stored AS s WHERE s.pack_id = p.id)
     WHERE p.id = ANY (CAST(:held AS bigint[]))
-      AND NOT EXISTS (SELECT FROM frames AS f WHERE f.pack_id = p.id AND f.id <> ALL (ARRAY (SELECT id FROM mine)))
+      AND (SELECT count(*) FROM frames AS f WHERE f.pack_id = p.id)
+          = (SELECT count(*) FROM mine AS m WHERE m.pack_id = p.id) -- those are among these
 ), rest AS MATERIALIZED ( -- looked for once a job, not once a frame
     SELECT j.id, NOT EXISTS (
         SELECT FROM frames AS f
