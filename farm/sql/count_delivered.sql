@@ -6,10 +6,14 @@ WITH span AS MATERIALIZED (
     WHERE number > (SELECT number FROM delivered_upto)
     ORDER BY number
     LIMIT :n
-), told AS (
+), done AS MATERIALIZED (
+    SELECT frame_id FROM span WHERE kind = 'frame.done'
+), told AS ( -- = ANY, not joined: the partition was looked for once a frame
     SELECT u.model, count(*) AS images
-    FROM span AS s JOIN usage AS u ON u.frame_id = s.frame_id AND u.entry = 0
-    WHERE s.kind = 'frame.done'
+    FROM usage AS u
+    WHERE u.frame_id = ANY (ARRAY (SELECT frame_id FROM done)) AND u.entry = 0
+      AND u.frame_id >= (SELECT frame_id FROM done ORDER BY frame_id LIMIT 1)
+      AND u.frame_id <= (SELECT frame_id FROM done ORDER BY frame_id DESC LIMIT 1)
     GROUP BY u.model
 ), added AS (
     INSERT INTO delivered AS d (model, images)
