@@ -30,9 +30,9 @@ from benchmarks import harness
 from benchmarks.harness import Target, quantile, say
 from farm import accounts, ids
 from farm.accounts import Caller
+from farm.bulk.lines import Line
 from farm.catalog import catalog
 from farm.db import transaction
-from farm.lines import Line
 from farm.spec import fingerprint, quantity, random_seed, resolve, work
 from farm.tables import Frame
 

@@ -6,12 +6,13 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from farm.db import sql
+from farm.db import array, sql
 
 
 def opening(jobs: Sequence[UUID]) -> list[tuple[str, Mapping[str, Any]]]:
     """The last two statements of a transaction that gives jobs something to claim, as db.together() takes them."""
-    return [("hold_lanes", {"jobs": list(jobs)}), ("open_lanes", {"jobs": list(jobs)})]
+    facts = {"jobs": array(jobs)}
+    return [("hold_lanes", facts), ("open_lanes", facts)]
 
 
 def open_for(db: Session, jobs: Sequence[UUID]) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Context, Decimal, FloatOperation, Inexact, localcontext
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 from pydantic import BeforeValidator
@@ -23,7 +23,7 @@ from sqlalchemy.dialects.postgresql import Range, insert
 from sqlalchemy.orm import Session
 
 from farm.catalog import Catalog, Method
-from farm.db import hot
+from farm.db import array, hot
 from farm.errors import Fault, Invalid, NotFound
 from farm.tables import Account, PriceBook, PriceRow
 
@@ -283,7 +283,17 @@ def current(db: Session, *, account_id: UUID, currency: str, models: Mapping[str
 
     Raises Invalid naming the models that have none in this currency.
     """
-    rows = hot(db, "prices", {"models": list(models), "currency": currency, "account_id": account_id})
+    name, values = asking(account_id, currency, models)
+    return chosen(hot(db, name, values), currency, models)
+
+
+def asking(account_id: UUID, currency: str, models: Iterable[str]) -> tuple[str, Mapping[str, Any]]:
+    """The statement of farm/sql that finds the prices in force, and its values: to be sent along with others."""
+    return "prices", {"models": array(models), "currency": currency, "account_id": account_id}
+
+
+def chosen(rows: Iterable[Any], currency: str, models: Mapping[str, Method]) -> dict[str, Rate]:
+    """The prices among what asking() found. Raises Invalid as current() does."""
     rates = {
         r.model: Rate(r.id, r.model, Method(r.method), currency, r.rate)
         for r in rows

@@ -354,7 +354,7 @@ def fingerprint(spec: Spec, model: Model, seed: int) -> bytes:
 
 
 def fingerprinted(spec: Spec, model: Model, seed: int | str) -> str:
-    """What the fingerprint is made of. seed: as text it marks the place where the number belongs (farm/lines.py)."""
+    """What the fingerprint is made of. seed: as text it marks the place where the number belongs, for farm/bulk."""
     facts = spec.to_json()
     facts |= {"seed": seed, "revision": model.revision, "dtype": model.precision}
     if model.beside:

@@ -1,6 +1,6 @@
 """Submissions: what a job is asked for with, what it costs, and accepting it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any, Self
@@ -109,13 +109,16 @@ def accept(
     QueueFull if the account or the farm has as many open frames as it may; NotFound or Gone for its inputs. They are
     the account's: URLs were taken in before (farm/api/inputs.py).
     """
-    before, opened = _begin(db, caller, idempotency_key)
+    models = models or catalog()
+    before, opened, prices = _begin(
+        db, caller, idempotency_key, {spec.model for _, spec in submission.asked()} & models.keys()
+    )
     if before is not None:
         once.same(before.body_sha256, body_sha256, str(idempotency_key))
         return Accepted(before.job_id, False)
     draft = drafts.draft(
         submission.asked(),
-        models or catalog(),
+        models,
         inputs.known(db, caller.account_id, _refs(submission)),
         proof=submission.proof,
     )
@@ -125,7 +128,7 @@ def accept(
         len(draft.frames) > FORESEEN
     ):  # a million frames take seconds between two statements; nothing is locked yet
         db.execute(text("SET LOCAL idle_in_transaction_session_timeout = '5min'"))
-    quote, rates = _rates(db, caller, submission, draft)
+    quote, rates = _rates(db, caller, submission, draft, prices)
     matched = reuse.match(
         db, caller, draft, priority=submission.priority, wanted=submission.reuse, prices=rates
     )
@@ -206,22 +209,22 @@ def _is_plain(submission: Submission, timing: control.Admitted, draft: Draft, ma
     return not any(more) and not timing.columns["waits"] and not matched.waiting and not draft.inputs()
 
 
-def _begin(db: Session, caller: Caller, key: str | None) -> tuple[Any, Any]:
-    """The job that was accepted under this idempotency key, if one was; and what opening.sql says.
+def _begin(
+    db: Session, caller: Caller, key: str | None, models: Collection[str]
+) -> tuple[Any, Any, Sequence[Any]]:
+    """The job that was accepted under this idempotency key, if one was; what opening.sql says; prices of these models.
 
-    Raises InProgress if the same key is being used just now.
+    In one round trip. Raises InProgress if the same key is being used just now.
     """
     ours = {"account_id": caller.account_id}
+    facts = [("opening", ours), pricing.asking(caller.account_id, caller.currency, models)]
     if key is None:
-        ((opened,),) = together(db, [("opening", ours)])
-        return None, opened
-    before, (opened,) = once.turn(
-        db,
-        f"{caller.account_id}/{key}",
-        key,
-        then=[("submitted", {**ours, "key": key}), ("opening", ours)],
+        (opened,), prices = together(db, facts)
+        return None, opened, prices
+    before, (opened,), prices = once.turn(
+        db, f"{caller.account_id}/{key}", key, then=[("submitted", {**ours, "key": key}), *facts]
     )
-    return before[0] if before else None, opened
+    return before[0] if before else None, opened, prices
 
 
 def quote(
@@ -251,12 +254,14 @@ def quote(
 
 
 def _rates(
-    db: Session, caller: Caller, submission: Submission, draft: Draft
+    db: Session, caller: Caller, submission: Submission, draft: Draft, prices: Sequence[Any] | None = None
 ) -> tuple[Quote | None, Mapping[str, pricing.Rate]]:
-    """The prices of rendering each model: those of the job's quote, or those in force."""
+    """The prices of rendering each model: those of the job's quote, or those in force. prices: found before."""
     if submission.quote is not None:
         return quotes.take(db, caller, ids.parse("quo", submission.quote), draft.digest())
     methods = {model.name: model.price.method for _, _, model in draft.keys.values()}
+    if prices is not None:
+        return None, pricing.chosen(prices, caller.currency, methods)
     return None, pricing.current(db, account_id=caller.account_id, currency=caller.currency, models=methods)
 
 

@@ -18,7 +18,6 @@ from sqlalchemy.orm import Session
 
 from farm import (
     budgets,
-    bulk,
     calls,
     control,
     events,
@@ -34,6 +33,7 @@ from farm import (
     tokens,
     webhooks,
 )
+from farm.bulk import uploads
 from farm.db import engine, transaction
 from farm.errors import Away, DatabaseAway
 from farm.settings import settings
@@ -136,9 +136,9 @@ CHORES = (
     Chore("purge files", 82, 10, files.purge, alone=True),
     Chore("forget calls", 83, 600, calls.forget),
     Chore("forget deliveries", 71, 600, webhooks.forget),
-    Chore("expire uploads", 61, 60, bulk.expire),
-    Chore("clear uploads", 62, 1, bulk.clear),
-    Chore("forget uploads", 63, 600, bulk.forget),
+    Chore("expire uploads", 61, 60, uploads.expire),
+    Chore("clear uploads", 62, 1, uploads.clear),
+    Chore("forget uploads", 63, 600, uploads.forget),
 )
 
 

@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 from sqlalchemy.exc import IntegrityError
 
-from farm import budgets, bulk, ids, inputs, jobs, pricing, staging, sweep
+from farm import budgets, ids, inputs, jobs, pricing, sweep
 from farm.accounts import Caller
-from farm.bulk import Facts, Form
+from farm.bulk import staging, uploads
+from farm.bulk.parts import Intake
+from farm.bulk.uploads import Facts, Form
 from farm.catalog import Catalog
 from farm.db import transaction
 from farm.errors import BudgetExceeded, Conflict, Invalid, NotFound, QueueFull
-from farm.parts import Intake
 from farm.settings import settings
 from farm.tables import Account
 from tests.factories import (
@@ -46,16 +47,16 @@ def lines(first: int, count: int, **more: Any) -> bytes:
 
 def started(caller: Caller, form: Form = Form.NDJSON, **facts: Any) -> Intake:
     with transaction() as db:
-        upload, _ = bulk.create(db, caller, Facts.model_validate(facts), form)
+        upload, _ = uploads.create(db, caller, Facts.model_validate(facts), form)
     return Intake(caller, upload, models=CATALOG)
 
 
-def finished(caller: Caller, intake: Intake) -> bulk.Ended:
+def finished(caller: Caller, intake: Intake) -> uploads.Ended:
     with transaction() as db:
-        return bulk.finish(db, caller, intake.upload_id)
+        return uploads.finish(db, caller, intake.upload_id)
 
 
-def sent(caller: Caller, data: bytes, form: Form = Form.NDJSON, **facts: Any) -> bulk.Ended:
+def sent(caller: Caller, data: bytes, form: Form = Form.NDJSON, **facts: Any) -> uploads.Ended:
     intake = started(caller, form, **facts)
     assert intake.take(data, final=True) == len(data)
     return finished(caller, intake)
@@ -69,7 +70,7 @@ def picture() -> bytes:
 
 def errors(upload: UUID) -> list[tuple[int, str | None, str, Any, str]]:
     with transaction() as db:
-        return [(e.line, e.custom_id, e.field, e.value, e.allowed) for e in bulk.errors_of(db, upload)]
+        return [(e.line, e.custom_id, e.field, e.value, e.allowed) for e in uploads.errors_of(db, upload)]
 
 
 def names(job: UUID) -> list[str]:
@@ -140,7 +141,7 @@ def test_a_file_the_budget_does_not_cover_is_told_so_on_the_way_and_goes_on_when
 
     assert refused.value.facts["needed"] == str(8 * FRAME)
     with transaction() as db:
-        upload = bulk.find(db, caller.account_id, intake.upload_id)
+        upload = uploads.find(db, caller.account_id, intake.upload_id)
         budgets.put(db, db.get_one(Account, caller.account_id), 8 * FRAME)
     again = Intake(caller, upload, models=CATALOG)
     again.take(lines(4, 4))
@@ -171,7 +172,7 @@ def test_frames_of_an_upload_count_towards_what_may_be_open(
         intake.take(lines(4, 4))
 
     with transaction() as db:
-        bulk.discard(db, caller.account_id, intake.upload_id)
+        uploads.discard(db, caller.account_id, intake.upload_id)
     sweep.tidy()
     sweep.tidy()
     started(caller).take(lines(4, 4))  # there is room again
@@ -223,7 +224,7 @@ def test_a_line_names_images_the_account_has(books: str) -> None:
     models = Catalog([photo])
     with transaction() as db:
         pricing.sync(db, models)
-        upload, _ = bulk.create(db, caller, Facts(mode="accept_good"), Form.NDJSON)
+        upload, _ = uploads.create(db, caller, Facts(mode="accept_good"), Form.NDJSON)
     intake = Intake(caller, upload, models=models)
 
     intake.take(
@@ -247,7 +248,7 @@ def test_uploads_stand_behind_nobody_and_hold_up_nobody(books: str) -> None:
     intake = started(caller)
     intake.take(lines(0, 3))
     with transaction() as db:
-        bulk.find(db, caller.account_id, intake.upload_id, lock=True)
+        uploads.find(db, caller.account_id, intake.upload_id, lock=True)
 
         # then everybody else submits, claims and settles
         job = submit(other, 1)
@@ -260,17 +261,17 @@ def test_uploads_stand_behind_nobody_and_hold_up_nobody(books: str) -> None:
 def test_a_discarded_upload_goes_bit_by_bit_and_the_books_are_right_at_any_moment(
     books: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk, "REMOVED", 3)
+    monkeypatch.setattr(uploads, "REMOVED", 3)
     caller = account()
     intake = started(caller)
     intake.take(lines(0, 4, seed=1, prompt="p") + lines(4, 4))
     with transaction() as db:
-        bulk.discard(db, caller.account_id, intake.upload_id)
+        uploads.discard(db, caller.account_id, intake.upload_id)
 
     left = []
     while True:
         with transaction() as db:
-            if not bulk.clear(db):
+            if not uploads.clear(db):
                 break
         left.append(one("SELECT count(*) FROM frames"))
         assert violations() == []
@@ -283,7 +284,7 @@ def test_an_upload_that_went_elsewhere_meanwhile_is_not_gone_on_with(books: str)
     caller = account()
     intake = started(caller)
     with transaction() as db:
-        late = Intake(caller, bulk.find(db, caller.account_id, intake.upload_id), models=CATALOG)
+        late = Intake(caller, uploads.find(db, caller.account_id, intake.upload_id), models=CATALOG)
     intake.take(lines(0, 2))
 
     with pytest.raises(Conflict) as conflict:
@@ -291,7 +292,7 @@ def test_an_upload_that_went_elsewhere_meanwhile_is_not_gone_on_with(books: str)
 
     assert conflict.value.facts["offset"] == intake.received
     with pytest.raises(Conflict), transaction() as db:
-        bulk.finish(db, caller, intake.upload_id, received=1)
+        uploads.finish(db, caller, intake.upload_id, received=1)
 
 
 def test_the_names_of_frames_agree_with_their_job(books: str) -> None:
@@ -308,12 +309,12 @@ def test_ended_uploads_are_forgotten_after_a_while(books: str) -> None:
     sent(caller, lines(0, 2))
     ask("UPDATE bulk_uploads SET ended_at = now() - interval '3 days'")
     with transaction() as db:
-        bulk.forget(db)
+        uploads.forget(db)
     assert [one(f"SELECT count(*) FROM {t}") for t in ("bulk_chunks", "bulk_uploads")] == [0, 1]
 
     ask("UPDATE bulk_uploads SET ended_at = now() - interval '31 days'")
     with transaction() as db:
-        bulk.forget(db)
+        uploads.forget(db)
 
     assert one("SELECT count(*) FROM bulk_uploads") == 0
     assert one("SELECT count(*) FROM frame_names") == 2  # they are the job's

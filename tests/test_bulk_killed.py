@@ -23,6 +23,7 @@ from farm.catalog import catalog
 from farm.client import Farm
 from farm.db import transaction
 from farm.settings import settings
+from farm.spec import PRIORITIES, Priority
 from tests.factories import ask, one, violations
 from tests.test_client import serving
 
@@ -211,14 +212,25 @@ def _used_from_the_command_line(
     assert (code, sent["good"], sent["status"]) == (0, 3, "accepted")
     job = json.loads(farm("job", "last", "--json")[1])
     assert (job["id"], job["proof"], job["counts"]["staged"]) == (sent["job"], 1, 2)
+    assert job["priority"] == PRIORITIES[Priority.BULK]
     assert json.loads(farm("approve", "last", "--json")[1])["counts"]["staged"] == 0
     frames = json.loads(farm("frames", "last", "--json")[1])
     assert [(f["custom_id"], f["spec"]["steps"]) for f in frames] == [("a", 4), ("b", 4), ("c", 4)]
 
+    code, out, _ = farm("submit", "--file", str(file), "--priority", "0", "--no-reuse", "--json")
+    with transaction() as db:  # what counts as nothing in Python is sent all the same
+        facts = db.execute(text("SELECT facts FROM bulk_uploads ORDER BY id DESC LIMIT 1")).scalar_one()
+    assert (code, facts["priority"], facts["reuse"]) == (0, 0, False)
+    farm("cancel", "last")
+
     code, out, err = farm("submit", "--file", str(bad))
     assert (code, "lines[3].steps" in err, "farm bulk errors blk_" in err) == (1, True, True)
     assert json.loads(farm("bulk", "errors", "last", "--json")[1])[0]["custom_id"] == "x"
-    assert [u["status"] for u in json.loads(farm("bulk", "list", "--json")[1])] == ["refused", "accepted"]
+    assert [u["status"] for u in json.loads(farm("bulk", "list", "--json")[1])] == [
+        "refused",
+        "accepted",
+        "accepted",
+    ]
     assert farm("bulk", "show", "last")[0] == 0
 
     code, out, _ = farm("submit", "--matrix", str(matrix), "--preview", "--steps", "4")
@@ -228,4 +240,4 @@ def _used_from_the_command_line(
     assert farm("submit")[0] != 0
     sweep.tidy()
     with transaction() as db:
-        assert db.scalar(text("SELECT count(*) FROM jobs")) == 2
+        assert db.scalar(text("SELECT count(*) FROM jobs")) == 3

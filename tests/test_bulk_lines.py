@@ -8,9 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from farm import drafts
+from farm.bulk.lines import MAX_NAME, Read, Reader, Row
+from farm.bulk.matrices import Matrix, expanded
 from farm.errors import Invalid
-from farm.lines import MAX_NAME, Read, Reader, Row
-from farm.matrices import Matrix, expanded
 from farm.spec import MAX_SEED, Asked
 from tests.factories import CATALOG
 

@@ -7,12 +7,13 @@ from uuid import UUID
 import pytest
 from sqlalchemy.exc import IntegrityError
 
-from farm import bulk, jobs, reuse, submissions, sweep
+from farm import jobs, reuse, submissions, sweep
 from farm.accounts import Caller
-from farm.bulk import Facts, Form
+from farm.bulk import uploads
+from farm.bulk.parts import Intake
+from farm.bulk.uploads import Facts, Form
 from farm.db import transaction
 from farm.errors import Conflict, NotFound
-from farm.parts import Intake
 from farm.queue import FrameStatus
 from farm.submissions import Submission
 from tests.factories import (
@@ -39,11 +40,11 @@ def proofed(caller: Caller, count: int, proof: int, *, reuse: bool = False, **sp
 
 def uploaded(caller: Caller, data: bytes, **facts: Any) -> UUID:
     with transaction() as db:
-        upload, _ = bulk.create(db, caller, Facts.model_validate(facts), Form.NDJSON)
+        upload, _ = uploads.create(db, caller, Facts.model_validate(facts), Form.NDJSON)
     intake = Intake(caller, upload, models=CATALOG)
     intake.take(data, final=True)
     with transaction() as db:
-        assert bulk.finish(db, caller, intake.upload_id).upload.status == "accepted"
+        assert uploads.finish(db, caller, intake.upload_id).upload.status == "accepted"
     return intake.upload_id
 
 
@@ -200,7 +201,7 @@ def test_an_upload_reuses_what_is_known_but_not_before_it_is_accepted(books: str
     settle(must_claim())
 
     with transaction() as db:
-        upload, _ = bulk.create(db, caller, Facts(), Form.NDJSON)
+        upload, _ = uploads.create(db, caller, Facts(), Form.NDJSON)
     intake = Intake(caller, upload, models=CATALOG)
     intake.take(lines(0, 2, prompt="p", seed=1) + lines(2, 2, prompt="q", seed=1))
     intake.take(lines(4, 1, prompt="q", seed=1))
@@ -212,7 +213,7 @@ def test_an_upload_reuses_what_is_known_but_not_before_it_is_accepted(books: str
 
     assert statuses(upload.id) == ["waiting", "waiting", "queued", "waiting", "waiting"]
     with transaction() as db:
-        bulk.finish(db, caller, upload.id)
+        uploads.finish(db, caller, upload.id)
     sweep.tidy()
     assert statuses(upload.id) == ["done", "done", "queued", "waiting", "waiting"]
     settle(must_claim())

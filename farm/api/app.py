@@ -58,7 +58,7 @@ from farm.api.door import Door
 from farm.api.feed import Feed
 from farm.api.observed import Observed
 from farm.api.progress import Progress
-from farm.bulk import Facts
+from farm.bulk.uploads import Facts
 from farm.errors import FarmError
 from farm.settings import settings
 from farm.storage.check import at_start

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
-from farm import answers, bulk, ids, pricing, tokens
+from farm import answers, ids, pricing, tokens
 from farm.accounts import Caller
 from farm.api.auth import Reader, Submitter, Submitting
 from farm.api.bodies import MAX_BODY_BYTES, Body, described, limited, read
@@ -18,7 +18,11 @@ from farm.api.params import MAX_BIGINT, IdempotencyHeader, checked_key
 from farm.api.problems import documented
 from farm.api.shown import Around
 from farm.api.waiting import reachable
-from farm.bulk import Defaults, Ended, Facts, Form, Status
+from farm.bulk import uploads
+from farm.bulk.lines import value_of
+from farm.bulk.matrices import Matrix
+from farm.bulk.parts import Intake
+from farm.bulk.uploads import Defaults, Ended, Facts, Form, Status
 from farm.catalog import catalog
 from farm.db import transaction
 from farm.errors import (
@@ -31,9 +35,6 @@ from farm.errors import (
     TooLarge,
     TooMany,
 )
-from farm.lines import value_of
-from farm.matrices import Matrix
-from farm.parts import Intake
 from farm.settings import settings
 from farm.tables import BulkError, BulkUpload
 
@@ -137,7 +138,7 @@ def _from_query(request: Request) -> dict[str, Any]:
 
 def _create(caller: Caller, facts: Facts, form: Form, key: str | None) -> tuple[BulkUpload, bool]:
     with transaction() as db:
-        return bulk.create(db, caller, facts, form, key=key)
+        return uploads.create(db, caller, facts, form, key=key)
 
 
 # ------------------------------------------------------------------------------------------------ a file at once
@@ -169,14 +170,14 @@ async def _file(request: Request, caller: Caller, facts: Facts, form: Form, key:
 
 def _chunks(upload: BulkUpload) -> list[tuple[int, bytes]]:
     with transaction() as db:
-        return bulk.chunks_of(db, upload.id)
+        return uploads.chunks_of(db, upload.id)
 
 
 def _discard(caller: Caller, upload_id: UUID) -> None:
     with transaction() as db:
-        found = bulk.find(db, caller.account_id, upload_id)
+        found = uploads.find(db, caller.account_id, upload_id)
         if found.status == Status.OPEN:
-            bulk.discard(db, caller.account_id, upload_id)
+            uploads.discard(db, caller.account_id, upload_id)
 
 
 # ------------------------------------------------------------------------------------------------ bit by bit
@@ -218,7 +219,7 @@ async def append_to_bulk(
 
 def _open(caller: Caller, upload_id: UUID, offset: int) -> BulkUpload:
     with transaction() as db:
-        found = bulk.find(db, caller.account_id, upload_id)
+        found = uploads.find(db, caller.account_id, upload_id)
     if found.status != Status.OPEN:
         raise Conflict(f"this upload is {found.status}", upload=_name(found), status=found.status)
     if found.format == Form.MATRIX:
@@ -247,10 +248,10 @@ async def _finish(caller: Caller, upload_id: UUID, *, received: int | None = Non
 
 def _finished(caller: Caller, upload_id: UUID, received: int | None) -> Ended:
     with transaction() as db:
-        ended = bulk.finish(db, caller, upload_id, received=received)
+        ended = uploads.finish(db, caller, upload_id, received=received)
     if ended.upload.status == Status.REFUSED:
         with transaction() as db:
-            errors = bulk.errors_of(db, upload_id, limit=SHOWN)
+            errors = uploads.errors_of(db, upload_id, limit=SHOWN)
         raise _refused(ended.upload, errors)
     return ended
 
@@ -278,7 +279,7 @@ def list_bulk(
     except NotFound:
         raise Invalid([Fault("before", before, "it must be an upload's id, as in next")]) from None
     with transaction() as db:
-        page = [_shown(u, request) for u in bulk.every(db, caller.account_id, before=cursor, limit=limit)]
+        page = [_shown(u, request) for u in uploads.every(db, caller.account_id, before=cursor, limit=limit)]
     return answers.Bulks(uploads=page, next=page[-1].id if len(page) == limit else None)
 
 
@@ -292,7 +293,7 @@ def show_bulk(caller: Reader, upload: UploadId, request: Request) -> answers.Bul
 def discard_bulk(caller: Submitter, upload: UploadId) -> None:
     """Give up an upload that is no job yet."""
     with transaction() as db:
-        bulk.discard(db, caller.account_id, _id(upload))
+        uploads.discard(db, caller.account_id, _id(upload))
 
 
 @router.get(
@@ -309,7 +310,7 @@ def discard_bulk(caller: Submitter, upload: UploadId) -> None:
 def list_bulk_errors(caller: Reader, upload: UploadId) -> StreamingResponse:
     """What is wrong with which line: NDJSON. The first 100,000 bad lines; more are only counted."""
     with transaction() as db:
-        found = bulk.find(db, caller.account_id, _id(upload)).id
+        found = uploads.find(db, caller.account_id, _id(upload)).id
     return StreamingResponse(_errors(found), media_type="application/x-ndjson")
 
 
@@ -317,7 +318,7 @@ def _errors(upload_id: UUID) -> Iterator[str]:
     after = (0, -1)
     while True:
         with transaction() as db:
-            page = bulk.errors_of(db, upload_id, after=after)
+            page = uploads.errors_of(db, upload_id, after=after)
         yield "".join(
             answers.BulkError(
                 line=e.line, custom_id=e.custom_id, field=e.field, value=e.value, allowed=e.allowed
@@ -325,7 +326,7 @@ def _errors(upload_id: UUID) -> Iterator[str]:
             + "\n"
             for e in page
         )
-        if len(page) < bulk.PAGE:
+        if len(page) < uploads.PAGE:
             return
         after = (page[-1].line, page[-1].no)
 
@@ -345,7 +346,7 @@ def preview_bulk(
         methods = {t.model.name: t.model.price.method for t in matrix.templates}
         rates = pricing.current(db, account_id=caller.account_id, currency=caller.currency, models=methods)
     costs = pricing.total(
-        rates[t.model.name].amount(bulk.billed(t, rates[t.model.name]) * matrix.per_template())
+        rates[t.model.name].amount(uploads.billed(t, rates[t.model.name]) * matrix.per_template())
         for t in matrix.templates
     )
     return answers.BulkPreview(
@@ -409,7 +410,7 @@ def _name(upload: BulkUpload) -> str:
 
 def _show(caller: Caller, upload_id: UUID, request: Request) -> answers.Bulk:
     with transaction() as db:
-        return _shown(bulk.find(db, caller.account_id, upload_id), request)
+        return _shown(uploads.find(db, caller.account_id, upload_id), request)
 
 
 def _answered(ended: Ended, request: Request, response: Response) -> answers.Bulk:

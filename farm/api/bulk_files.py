@@ -9,9 +9,9 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
+from farm.bulk.lines import MAX_LINE
+from farm.bulk.parts import Intake, Part
 from farm.errors import Conflict, FarmError, Fault, Invalid, TooLarge
-from farm.lines import MAX_LINE
-from farm.parts import Intake, Part
 
 PART = 1 << 19  # bytes of a file that are taken in together: some 5,000 lines, and 10 MB of memory
 AT_ONCE = 2  # parts that a process stores at the same time: the other connections are for other requests

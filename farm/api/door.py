@@ -43,6 +43,7 @@ class Door:
 
     def __init__(self) -> None:
         self._known: dict[bytes, Known] = {}  # by the hash of the key's text
+        self._looking: dict[bytes, asyncio.Task[Known]] = {}  # up, just now: for all who ask meanwhile
         self._buckets = Buckets()
         self._used: dict[UUID, float] = {}
 
@@ -53,18 +54,22 @@ class Door:
     async def find(self, text: str) -> Known:
         """Who this API key belongs to. Raises Unauthorized as accounts.authenticate() does."""
         name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-        found = self._known.get(name)
+        known, looking = self._known, self._looking  # forget() puts others in their place
+        found = known.get(name)
         if found is None or found.until < time.monotonic():
-            found = await run_in_threadpool(_look_up, text)
-            if len(self._known) >= MOST:
-                self._known.clear()
-            self._known[name] = found
+            if (task := looking.get(name)) is None:
+                task = looking[name] = asyncio.create_task(run_in_threadpool(_look_up, text))
+                task.add_done_callback(lambda _: looking.pop(name))
+            found = await asyncio.shield(task)  # one of them may leave
+            if len(known) >= MOST:
+                known.clear()
+            known[name] = found
         self._used[found.caller.key_id] = time.monotonic()
         return found
 
     def forget(self) -> None:
         """Look every key up again: one of them was changed."""
-        self._known = {}
+        self._looking, self._known = {}, {}
 
     # -------------------------------------------------------------------------------------------- last used
 

@@ -8,7 +8,7 @@ from fastapi import Header, Query, Request
 
 from farm.accounts import Caller
 from farm.api.feed import Feed
-from farm.bulk import Facts
+from farm.bulk.uploads import Facts
 from farm.errors import Fault, Invalid
 from farm.fetch import NotFetched, check
 from farm.settings import settings

@@ -70,7 +70,10 @@ def submit(
     guidance: Annotated[float | None, typer.Option(help="how closely to follow the prompt")] = None,
     sampler: Annotated[str | None, typer.Option(help="`farm models --json` lists them")] = None,
     seed: Annotated[int | None, typer.Option(help="of the first image; the others count up")] = None,
-    priority: Annotated[str, typer.Option(help="urgent, standard, bulk, or 0 to 9")] = "standard",
+    priority: Annotated[
+        str | None,
+        typer.Option(help="urgent, standard, bulk, or 0 to 9; if left out, standard, and bulk of a file"),
+    ] = None,
     image_format: Annotated[str | None, typer.Option("--format", help="png, webp or jpeg")] = None,
     quality: Annotated[
         int | None, typer.Option(help="1 to 100: of a jpeg; of a webp, lossless without")
@@ -163,12 +166,14 @@ def submit(
                       "start_after": start_after and moment(start_after, "--start-after").isoformat(),
                       "deadline": deadline and moment(deadline, "--deadline").isoformat(),
                       "on_late": on_late, "max_parallel": max_parallel}  # fmt: skip
-            facts = {"name": name, "priority": priority_of(priority), "mode": mode, "budget": budget, "proof": proof,
-                     **timing, "reuse": None if reuse else False, "webhook": webhook and {"url": webhook}}  # fmt: skip
+            facts = {"name": name, "priority": priority and priority_of(priority), "mode": mode, "budget": budget,
+                     "proof": proof, **timing, "reuse": None if reuse else False,
+                     "webhook": webhook and {"url": webhook}}  # fmt: skip
+            facts = {k: v for k, v in facts.items() if v not in (None, [])}
             if prompts or quote:
                 raise typer.BadParameter("a file or a matrix has its own prompts, and no quote")
             job_id = uploads.submit(
-                farm, {k: v for k, v in facts.items() if v}, common, file=file, matrix=matrix, preview=preview,
+                farm, facts, common, file=file, matrix=matrix, preview=preview,
                 resume=resume, key=idempotency_key, json=json and not (watch or save),
             )  # fmt: skip
             if job_id and (watch or save):
@@ -178,11 +183,11 @@ def submit(
             raise typer.BadParameter("say what to render, or --file or --matrix", param_hint="PROMPT")
         specs: list[dict[str, Any]] = [{"prompt": p, **common} for p in prompts]
         if quote:
-            show_quote(farm.quote(specs, priority=priority_of(priority), budget=budget), json)
+            show_quote(farm.quote(specs, priority=priority_of(priority or "standard"), budget=budget), json)
             return
         job = farm.submit(
             specs[0] if len(specs) == 1 else specs,
-            priority=priority_of(priority),
+            priority=priority_of(priority or "standard"),
             name=name,
             quote=quoted,
             budget=budget,

@@ -15,15 +15,15 @@ from sqlalchemy.orm import Session
 
 from farm import control, ids, inputs
 from farm.accounts import Caller
-from farm.bulk import Form, Mode, Status, facts_of, find
+from farm.bulk.lines import Error, Read, Reader, Row
+from farm.bulk.staging import Stage
+from farm.bulk.uploads import Form, Mode, Status, facts_of, find
 from farm.catalog import Catalog, catalog
 from farm.db import transaction
 from farm.errors import Conflict, Fault, Invalid
 from farm.faults import shortened
 from farm.features import refs_of
-from farm.lines import Error, Read, Reader, Row
 from farm.settings import settings
-from farm.staging import Stage
 from farm.tables import BulkChunk, BulkError, BulkUpload
 
 KEPT_ERRORS = 100_000  # of one upload; more are counted

@@ -27,9 +27,9 @@ from sqlalchemy.orm import Session
 
 from farm import budgets, control, events, ids, lanes, pricing, webhooks
 from farm.accounts import Caller
+from farm.bulk.lines import Template
 from farm.db import sql
 from farm.errors import Conflict, Fault, Invalid, NotFound
-from farm.lines import Template
 from farm.settings import settings
 from farm.spec import PRIORITIES, Asked, Priority, PriorityNumber, Text, quantity
 from farm.tables import BulkChunk, BulkError, BulkUpload, IdempotencyKey, Job

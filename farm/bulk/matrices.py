@@ -21,11 +21,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from farm.bulk.lines import Reader, Row, Template
 from farm.catalog import Catalog
 from farm.errors import Fault, Invalid
 from farm.faults import faults_of
 from farm.features import refs_of
-from farm.lines import Reader, Row, Template
 from farm.spec import MAX_PROMPT, MAX_SEED, Asked, Spec
 
 MAX_PROMPTS = 100_000  # that the groups of a matrix come to

@@ -16,16 +16,16 @@ from sqlalchemy.orm import Session
 
 from farm import budgets, inputs, limits, pricing, reuse
 from farm.accounts import Caller
+from farm.bulk.lines import KEPT, Row, Template
 from farm.catalog import Catalog
 from farm.db import copy, together
 from farm.errors import Fault, Invalid
-from farm.lines import KEPT, Row, Template
 from farm.queue import FrameStatus
 from farm.spec import quantity, shape_key, work
 from farm.tables import Count, Job, JobKey
 
 if TYPE_CHECKING:
-    from farm.bulk import Facts
+    from farm.bulk.uploads import Facts
 
 FRAMES = (
     "COPY frames (id, job_id, index, key_no, account_id, status, seed, work, quantity, price_id, fingerprint, seeded,"
