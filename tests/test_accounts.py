@@ -1,6 +1,8 @@
 """Accounts and their API keys."""
 
+import asyncio
 import string
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -288,3 +290,57 @@ def test_a_known_key_is_looked_up_again_after_a_while(key: str, monkeypatch: pyt
 
         assert api.get("/v1/account").status_code == 401
     assert door.KNOWN_S <= 5
+
+
+def test_a_key_is_looked_up_once_for_all_who_ask_at_once(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # given
+    looked_up: list[str] = []
+    look_up = door._look_up
+    monkeypatch.setattr(door, "_look_up", lambda text: (looked_up.append(text), look_up(text))[1])
+
+    async def ask_twenty() -> set[Any]:
+        entrance = door.Door()
+        return {known.caller for known in await asyncio.gather(*(entrance.find(key) for _ in range(20)))}
+
+    # when
+    callers = asyncio.run(ask_twenty())
+
+    # then
+    assert callers == {who(key)}
+    assert looked_up == [key]
+
+
+def test_a_key_that_is_revoked_while_it_is_looked_up_is_not_kept(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given
+    found, go_on = threading.Event(), threading.Event()
+    look_up = door._look_up
+
+    def slow(text: str) -> door.Known:
+        known = look_up(text)
+        found.set()
+        assert go_on.wait(20)
+        return known
+
+    async def ask_twice() -> None:
+        entrance = door.Door()
+        monkeypatch.setattr(door, "_look_up", slow)
+        first = asyncio.create_task(entrance.find(key))
+        assert await asyncio.to_thread(found.wait, 20)
+        with transaction() as db:
+            accounts.revoke_key(db, key_id())
+        entrance.forget()
+        monkeypatch.setattr(door, "_look_up", look_up)
+
+        # when
+        with pytest.raises(Unauthorized):
+            await entrance.find(key)
+        go_on.set()
+
+        # then
+        assert (await first).caller.account_id
+        with pytest.raises(Unauthorized):
+            await entrance.find(key)
+
+    asyncio.run(ask_twice())
