@@ -37,9 +37,12 @@ from farm.embedded import services
 with services(Path(sys.argv[1])) as running:
     with psycopg.connect(running.database_url) as db:
         db.execute("CREATE TABLE notes AS SELECT 'kept' AS note")
+    woken, wakes = os.pipe()  # pause() sleeps on if the signal comes just before it
+    os.set_blocking(wakes, False)
+    signal.set_wakeup_fd(wakes)
     try:
         print(running.database_url, flush=True)
-        signal.pause()
+        os.read(woken, 1)
     except KeyboardInterrupt:
         with psycopg.connect(running.database_url) as db:
             print(db.execute("SELECT note FROM notes").fetchone()[0], flush=True)
