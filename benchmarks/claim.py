@@ -31,7 +31,7 @@ from benchmarks.harness import Target, quantile, say
 from farm import jobs, queue, submissions, sweep
 from farm.accounts import Caller
 from farm.catalog import PackLimit
-from farm.db import engine, transaction
+from farm.db import direct, engine, transaction
 from farm.ids import public
 from farm.queue import ClaimedPack, StoredFrame
 from farm.settings import settings
@@ -169,7 +169,7 @@ def _claim_plainly(pack: int) -> float:
 
 
 def _claim(worker: str, limits: dict[str, PackLimit]) -> ClaimedPack | None:
-    with transaction() as db:
+    with direct() as db:
         return queue.claim_pack(db, models=["starter"], worker=worker, limits=limits)
 
 
@@ -225,7 +225,7 @@ def _settle_all(rendered: "SimpleQueue[ClaimedPack | None]", room: threading.Sem
 
 
 def _settle(packs: Sequence[ClaimedPack]) -> int:
-    with transaction() as db:
+    with direct() as db:
         result = queue.settle(db, [_stored(pack, k) for pack in packs for k in range(len(pack.frames))])
     if result.over:
         with transaction() as db:

@@ -39,7 +39,7 @@ from sqlalchemy.orm import Session
 
 from farm import lanes
 from farm.catalog import PackLimit
-from farm.db import array, hot, sql
+from farm.db import Db, array, hot, sql
 from farm.settings import settings
 from farm.spec import Spec
 from farm.tables import Job, Pack
@@ -157,7 +157,7 @@ class Extended:
 
 
 def claim_pack(
-    db: Session,
+    db: Db,
     *,
     models: Sequence[str],
     worker: str,
@@ -193,7 +193,7 @@ def frames_in(limit: PackLimit, pixels: int) -> int:
 
 
 def find_head(
-    db: Session,
+    db: Db,
     *,
     models: Sequence[str],
     ageing: bool = True,
@@ -219,7 +219,7 @@ def find_head(
 
 
 def take(
-    db: Session,
+    db: Db,
     head: Head,
     *,
     worker: str,
@@ -281,19 +281,19 @@ def take(
     )
 
 
-def _close_empty(db: Session, models: Sequence[str]) -> None:
+def _close_empty(db: Db, models: Sequence[str]) -> None:
     """Close what two claims emptied at the same moment: each saw the other's frames queued still, and left it open."""
-    empty = db.execute(sql("empty_keys"), {"models": list(models)}).all()
+    empty = hot(db, "empty_keys", {"models": array(models)})
     if empty:
         _close(db, [(r.job_id, r.key_no) for r in empty])
 
 
-def _close(db: Session, keys: Sequence[tuple[UUID, int]]) -> None:
+def _close(db: Db, keys: Sequence[tuple[UUID, int]]) -> None:
     """Close job keys that a claim emptied, and then their job lanes: the next head need not look there."""
-    locked = db.execute(sql("close_keys"), _columns(("jobs", "keys"), keys)).all()
-    left = db.execute(sql("close"), _columns(("jobs", "keys"), locked)).all() if locked else None
+    locked = hot(db, "close_keys", _arrays(("jobs", "keys"), keys))
+    left = hot(db, "close", _arrays(("jobs", "keys"), locked)) if locked else None
     if left:
-        db.execute(sql("close_lanes"), _columns(("jobs", "models"), left))
+        hot(db, "close_lanes", _arrays(("jobs", "models"), left))
 
 
 def retire_lanes(db: Session) -> int:
@@ -329,7 +329,7 @@ def look(db: Session, *, worker: str, packs: Sequence[int]) -> Extended:
     )
 
 
-def settle(db: Session, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, int] | None = None) -> Settled:
+def settle(db: Db, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, int] | None = None) -> Settled:
     """Book stored frames as done: image, charge, count and event in this one transaction.
 
     gpu_ms: pack id → milliseconds on the device, written down when the pack closes. Call finish() with the
@@ -552,3 +552,8 @@ def _lock_jobs(db: Session, jobs: Iterable[UUID]) -> list[UUID]:
 def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
     """Rows as one array a column, for unnest()."""
     return {name: [row[k] for row in rows] for k, name in enumerate(names)}
+
+
+def _arrays(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, str]:
+    """The same for hot()."""
+    return {name: array(column) for name, column in _columns(names, rows).items()}

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 
-from farm.db import hot, sql, together, transaction
+from farm.db import direct, engine, hot, sql, together, transaction
 from farm.errors import DatabaseAway
 from tests.factories import account, ask, submit
 
@@ -40,6 +41,46 @@ def test_a_connection_lost_in_the_middle_is_a_database_away_and_the_next_call_wo
         lose_it_in_the_middle()
     with transaction() as db:
         assert call(db)
+
+
+def test_so_is_one_lost_under_direct(books: str) -> None:
+    def lose_it_in_the_middle() -> None:
+        with direct() as db:
+            hot(db, "prices", HEAD)
+            ask("SELECT pg_terminate_backend(:pid, 5000)", pid=db.info.backend_pid)
+            hot(db, "prices", HEAD)
+
+    with pytest.raises(DatabaseAway):
+        lose_it_in_the_middle()
+    with direct() as db:
+        assert hot(db, "prices", HEAD)
+
+
+def test_direct_commits_what_the_block_did_or_nothing_of_it(books: str) -> None:
+    job = submit(account())
+
+    def note(fail: bool) -> None:
+        with direct() as db:
+            db.execute("UPDATE jobs SET name = %s WHERE id = %s", ["failed" if fail else "done", job])
+            if fail:
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        note(fail=True)
+    assert ask("SELECT name FROM jobs")[0].name is None
+    note(fail=False)
+
+    assert ask("SELECT name FROM jobs")[0].name == "done"
+    assert engine().pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+def test_direct_raises_what_sqlalchemy_would_raise(books: str) -> None:
+    job = submit(account())
+
+    with pytest.raises(IntegrityError, match="duplicate key") as refused, direct() as db:
+        db.execute("INSERT INTO jobs SELECT * FROM jobs WHERE id = %s", [job])
+
+    assert refused.value.orig.sqlstate == "23505"
 
 
 def test_what_is_sent_together_is_undone_together_and_says_what_was_wrong(books: str) -> None:

@@ -15,15 +15,14 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from sqlalchemy.orm import Session
-
 from farm import queue, tokens
 from farm.catalog import Model
+from farm.db import Db
 from farm.errors import RenderFailed
 from farm.queue import ClaimedPack, Head
 from farm.settings import settings
 from farm.spec import shape_key
-from workers.books import book
+from workers.books import book, book_directly
 from workers.checkpoints import Checkpoints
 from workers.encode import engine_of
 from workers.engine import Ask
@@ -207,7 +206,7 @@ class Claims:
             room = self._room and self._room.with_(self._coming)
         if room is None:
             return
-        pack = book(lambda db: self._claim(db, room), give_up=self._over)
+        pack = book_directly(lambda db: self._claim(db, room), give_up=self._over)
         if pack is None:
             return
         self._leases.hold(pack.id)
@@ -235,7 +234,7 @@ class Claims:
             self._leases.drop(pack.id)
             raise
 
-    def _claim(self, db: Session, room: Room) -> ClaimedPack | None:
+    def _claim(self, db: Db, room: Room) -> ClaimedPack | None:
         urgent = self._urgent_of_others(db, room)
         if urgent is not None:
             return urgent
@@ -252,7 +251,7 @@ class Claims:
         above = above if above < 0 else max(self._above, head.priority - 1)  # what fills up is as urgent
         return self._take(db, head, frames, above) if frames else None
 
-    def _urgent_of_others(self, db: Session, room: Room) -> ClaimedPack | None:
+    def _urgent_of_others(self, db: Db, room: Room) -> ClaimedPack | None:
         """A pack of another model that is more urgent than everything in flight."""
         if not self._others or room.most_urgent >= 9:
             return None
@@ -262,7 +261,7 @@ class Claims:
             return None
         return self._take(db, head, queue.frames_in(self._of(head).pack, head.pixels), room.most_urgent)
 
-    def _head(self, db: Session, models: Sequence[str], above: int) -> Head | None:
+    def _head(self, db: Db, models: Sequence[str], above: int) -> Head | None:
         ageing = above < 0 and not self._turns.aged
         head = queue.find_head(db, models=models, ageing=ageing, above=above)
         if head is None or not head.suspect:
@@ -291,7 +290,7 @@ class Claims:
     def _of(self, head: Head) -> Model:
         return next(m for m in (self._model, *self._others) if m.name == head.model)
 
-    def _take(self, db: Session, head: Head, frames: int, above: int) -> ClaimedPack:
+    def _take(self, db: Db, head: Head, frames: int, above: int) -> ClaimedPack:
         model = self._of(head)
         return queue.take(
             db,

@@ -12,10 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import cast
 
-from sqlalchemy.orm import Session
-
 from farm import queue, tokens
 from farm.catalog import Model, PackLimit
+from farm.db import Db
 from farm.errors import FarmError, Misconfigured, OutOfMemory, RenderFailed
 from farm.ids import public
 from farm.queue import ClaimedFrame, ClaimedPack
@@ -23,7 +22,7 @@ from farm.settings import settings
 from farm.storage import open_store
 from workers import gpu
 from workers.ailing import note, remembered
-from workers.books import book
+from workers.books import book, book_directly
 from workers.checkpoints import Checkpoints
 from workers.claims import Claims, Turns
 from workers.encode import engine_of
@@ -190,7 +189,7 @@ class Worker:
         limits = {n: m.pack for n, m in self._models.items() if self._trust.may(n)}
         if not limits:
             return None
-        pack = book(lambda db: self._claim_in(db, limits), give_up=self._stop.drain)
+        pack = book_directly(lambda db: self._claim_in(db, limits), give_up=self._stop.drain)
         if pack is None:
             return None
         self._turns.took(pack)
@@ -201,7 +200,7 @@ class Worker:
         self._inputs.asks(pack.frames)  # fetched and kept, beside the pack that is on the device
         return pack
 
-    def _claim_in(self, db: Session, limits: dict[str, PackLimit]) -> ClaimedPack | None:
+    def _claim_in(self, db: Db, limits: dict[str, PackLimit]) -> ClaimedPack | None:
         # every other pack at most is an aged lane's: ageing bounds a wait, it does not undo the classes
         return queue.claim_pack(
             db,

@@ -26,7 +26,7 @@ from farm.queue import ClaimedFrame, ClaimedPack, Settled, StoredFrame
 from farm.settings import settings
 from farm.spec import CONTENT_TYPE, PRIORITIES, Priority
 from farm.storage import Store, image_key
-from workers.books import book
+from workers.books import book, book_directly
 from workers.encode import encode, pixel_hash, provenance
 from workers.engine import Pixels
 from workers.leases import Leases
@@ -251,7 +251,7 @@ class Shelf:
             self._leases.progress(pack_id)
         self._reached("before commit")
         try:
-            settled = book(lambda db: queue.settle(db, stored, gpu_ms=gpu_ms), give_up=self._quit)
+            settled = book_directly(lambda db: queue.settle(db, stored, gpu_ms=gpu_ms), give_up=self._quit)
         except IntegrityError as e:  # an image of these was deleted once: or else it is raised again
             log.info("settling again with images that were deleted: %s", e.orig)
             settled = book(lambda db: settle_revived(db, stored, gpu_ms=gpu_ms), give_up=self._quit)

@@ -44,7 +44,7 @@ SETTINGS = {
     "fsync": "on",
     "synchronous_commit": "on",
     "full_page_writes": "on",
-    "shared_buffers": "256MB",
+    "shared_buffers": f"{min(1024, max(256, psutil.virtual_memory().total >> 24))}MB",  # a sixteenth, within limits
     "max_wal_size": "2GB",
     "random_page_cost": 1.1,
     "recovery_init_sync_method": SYNC,
