@@ -8,7 +8,6 @@ after the last event it saw, once a second.
 
 import asyncio
 import json
-import resource
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -18,8 +17,8 @@ import psutil
 
 from benchmarks import harness
 from benchmarks.harness import Target, quantile, say
-from benchmarks.submit import API, serving
-from farm import accounts, submissions
+from benchmarks.submit import api
+from farm import submissions
 from farm.accounts import Caller
 from farm.db import transaction
 from farm.submissions import Submission
@@ -80,26 +79,18 @@ Client = Callable[[int, str, Heard, int], Awaitable[None]]
 
 def main() -> int:
     scale = QUICK if harness.options(__doc__).quick else FULL
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
-    with harness.services(**ENV) as folder:
-        (owner,) = harness.callers(1)
-        key = accounts.text_of(owner.key_id, 1)
-        with (
-            harness.process([sys.executable, "-c", harness.SWEEP], log=folder / "sweep.log"),
-            serving([sys.executable, "-c", API, "api"], folder / "api.log") as (pid, port),
-        ):
-            say(f"{LISTENERS} streams")
-            ours = asyncio.run(
-                _measure(_stream, owner, key, port=port, pid=pid, events=scale.events, every_s=scale.every_s)
+    with harness.services(**ENV) as folder, api(folder) as (owner, key, pid, port):
+        say(f"{LISTENERS} streams")
+        ours = asyncio.run(
+            _measure(_stream, owner, key, port=port, pid=pid, events=scale.events, every_s=scale.every_s)
+        )
+        say(f"{LISTENERS} clients that ask once a second")
+        plain = asyncio.run(
+            _measure(
+                _ask, owner, key, port=port, pid=pid, events=scale.plain_events, every_s=2 * scale.every_s,
+                prefix="plain_",
             )
-            say(f"{LISTENERS} clients that ask once a second")
-            plain = asyncio.run(
-                _measure(
-                    _ask, owner, key, port=port, pid=pid, events=scale.plain_events, every_s=2 * scale.every_s,
-                    prefix="plain_",
-                )
-            )  # fmt: skip
+        )  # fmt: skip
     return harness.report(
         "events",
         {**ours, **plain, "of_plain": ours["p50_ms"] / plain["plain_p50_ms"]},

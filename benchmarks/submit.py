@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import os
+import resource
 import socket
 import sys
 import time
@@ -23,6 +24,7 @@ from sqlalchemy import text
 from benchmarks import harness
 from benchmarks.harness import Target, quantile, say
 from farm import accounts
+from farm.accounts import Caller
 from farm.db import transaction
 
 CLIENTS = 64
@@ -128,6 +130,20 @@ def _jobs() -> int:
     with transaction() as db:
         db.execute(text("SET LOCAL enable_seqscan = on"))
         return int(db.scalar(text("SELECT count(*) FROM jobs")) or 0)
+
+
+@contextmanager
+def api(folder: Path) -> Iterator[tuple[Caller, str, int, int]]:
+    """An API process with a sweep beside it. Yields an account's caller and key, the process's id, and its port."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
+    (owner,) = harness.callers(1)
+    key = accounts.text_of(owner.key_id, 1)
+    with (
+        harness.process([sys.executable, "-c", harness.SWEEP], log=folder / "sweep.log"),
+        serving([sys.executable, "-c", API, "api"], folder / "api.log") as (pid, port),
+    ):
+        yield owner, key, pid, port
 
 
 @contextmanager

@@ -9,7 +9,6 @@ for their job four times a second.
 import asyncio
 import hashlib
 import json
-import resource
 import sys
 import threading
 import time
@@ -20,8 +19,8 @@ from sqlalchemy import text
 
 from benchmarks import harness
 from benchmarks.harness import Target, quantile, say
-from benchmarks.submit import API, serving
-from farm import accounts, queue
+from benchmarks.submit import api
+from farm import queue
 from farm.catalog import PackLimit
 from farm.db import transaction
 from farm.ids import public
@@ -68,15 +67,8 @@ class Seen:
 
 def main() -> int:
     scale = QUICK if harness.options(__doc__).quick else FULL
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536), hard))
     with harness.services(**ENV) as folder:
-        (owner,) = harness.callers(1)
-        key = accounts.text_of(owner.key_id, 1)
-        with (
-            harness.process([sys.executable, "-c", harness.SWEEP], log=folder / "sweep.log"),
-            serving([sys.executable, "-c", API, "api"], folder / "api.log") as (pid, port),
-        ):
+        with api(folder) as (_, key, pid, port):
             say(f"{CLIENTS} clients wait {scale.rounds} times each")
             ours = _run(pid, port, key, scale.rounds, waits=True)
             say("the same, and each asks four times a second")

@@ -1,15 +1,29 @@
 """From a dialect's fields to a Submission, with its faults by the dialect's names."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from farm.api.dialects.served import as_called
 from farm.errors import Fault, Invalid
 from farm.faults import faults_of
 from farm.submissions import Submission
 from farm.webhooks import ShapedCallback
+
+
+class VendorInput(BaseModel):
+    """What a vendor's model takes. null is as good as left out; unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    ignored: ClassVar[frozenset[str]] = frozenset()  # what only tunes the vendor's own hosting
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_ignored(cls, sent: Any) -> Any:
+        if not isinstance(sent, dict):
+            return sent
+        return {k: v for k, v in sent.items() if k not in cls.ignored and v is not None}
 
 
 def submission(*specs: Mapping[str, Any], names: Mapping[str, str], **job: Any) -> Submission:

@@ -1,10 +1,11 @@
 """What fal's clients send, and what the farm is asked for."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from farm.api.dialects import samplers
+from farm.api.dialects.asking import VendorInput
 from farm.api.dialects.served import model_named
 from farm.catalog import Model
 from farm.errors import Fault, Invalid, NotFound
@@ -14,7 +15,6 @@ from farm.styles import ASPECT_RATIOS, SIZES, named
 MOST_IMAGES = 10
 # ends of an app's name that say what its fields say anyway
 TASKS = ("text-to-image", "image-to-image", "inpainting")
-# what only tunes the vendor's own hosting
 IGNORED = frozenset(
     {"enable_safety_checker", "safety_checker_version", "safety_tolerance", "acceleration", "request_id"}
 )
@@ -38,11 +38,10 @@ class FalLora(BaseModel):
     scale: Annotated[float, Field(strict=True)] = 1.0
 
 
-class FalInput(BaseModel):
+class FalInput(VendorInput):
     """What a model of the farm takes, in the words of fal's image models."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    ignored: ClassVar[frozenset[str]] = IGNORED
+    ignored = IGNORED
 
     prompt: Annotated[str, Field(strict=True)]
     negative_prompt: Annotated[str, Field(strict=True)] | None = None
@@ -61,13 +60,6 @@ class FalInput(BaseModel):
     strength: Annotated[float, Field(strict=True)] | None = None
     loras: list[FalLora] | None = None
     expand_prompt: Annotated[bool, Field(strict=True)] = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_ignored(cls, sent: Any) -> Any:
-        if not isinstance(sent, dict):
-            return sent
-        return {k: v for k, v in sent.items() if k not in cls.ignored and v is not None}
 
 
 NAMES = {

@@ -2,11 +2,12 @@
 
 import hashlib
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from farm.api.dialects import samplers
+from farm.api.dialects.asking import VendorInput
 from farm.api.dialects.served import model_named
 from farm.catalog import Model, catalog
 from farm.errors import Fault, Invalid, NotFound
@@ -16,17 +17,15 @@ from farm.styles import ASPECT_RATIOS, named
 MOST_OUTPUTS = 10
 OWNER = "farm"  # of the farm's models, where nobody else's name for them is known
 FORMATS = {"webp": Format.WEBP, "jpg": Format.JPEG, "jpeg": Format.JPEG, "png": Format.PNG}
-# what only tunes the vendor's own hosting
 IGNORED = frozenset(
     {"go_fast", "disable_safety_checker", "apply_watermark", "safety_tolerance", "speed_mode", "raw", "hf_token"}
 )  # fmt: skip
 
 
-class PredictionInput(BaseModel):
+class PredictionInput(VendorInput):
     """What a model of the farm takes, in the words of Replicate's image models."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    ignored: ClassVar[frozenset[str]] = IGNORED
+    ignored = IGNORED
 
     prompt: Annotated[str, Field(strict=True)]
     negative_prompt: Annotated[str, Field(strict=True)] | None = None
@@ -48,13 +47,6 @@ class PredictionInput(BaseModel):
     lora_scale: Annotated[float, Field(strict=True)] | None = None
     output_format: Literal["webp", "jpg", "jpeg", "png"] = "webp"
     output_quality: Annotated[int, Field(strict=True, ge=0, le=100)] = 80
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_ignored(cls, sent: Any) -> Any:
-        if not isinstance(sent, dict):
-            return sent
-        return {k: v for k, v in sent.items() if k not in cls.ignored and v is not None}
 
 
 NAMES = {
