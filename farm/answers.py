@@ -65,6 +65,9 @@ class Job(Answer):
     after_ok: list[str] = Field([], description="jobs that have to be all done first")
     rate: float | None = Field(None, description="images a second of late; null: none, or not running")
     eta: datetime | None = Field(None, description="when it is done at this rate")
+    on_time: bool | None = Field(
+        None, description="whether eta lies before deadline; null where one of them is missing"
+    )
     proof: int | None = Field(None, description="images that are rendered before the rest is approved")
     approved_at: datetime | None = None
     urls: JobUrls

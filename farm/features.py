@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from farm import weights
 from farm.catalog import Model
 from farm.errors import Fault
 
@@ -229,6 +230,10 @@ def faults_of(spec: Any, model: Model, found: Mapping[str, Given], at: str) -> I
     yield from _second_faults(spec, model, at)
     if spec.clip_skip is not None and not 1 <= spec.clip_skip <= 12:
         yield Fault(f"{at}clip_skip", spec.clip_skip, "allowed are 1 to 12 layers")
+    if spec.prompt_weights:
+        for name in ("prompt", "negative_prompt"):
+            if wrong := weights.fault_of(getattr(spec, name)):
+                yield Fault(f"{at}{name}", *wrong)
     if spec.quality is not None and spec.format == "png":
         yield Fault(f"{at}quality", spec.quality, "a PNG has none; allowed with webp and jpeg")
 

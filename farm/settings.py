@@ -85,6 +85,7 @@ class Settings(BaseSettings):
     writes_per_s: float = Field(500.0, gt=0, description="all other requests, of an account or a key")
     submissions_per_s: float = Field(500.0, gt=0, description="of those, what makes jobs")
     rate_burst_s: float = Field(10.0, ge=1, description="what was not used for so long may be used at once")
+    wrong_keys_per_min: float = Field(30.0, gt=0, description="wrong API keys from one address")
     api_processes: int = Field(1, ge=1, description="API processes that share these rates between them")
     max_open_frames: int = Field(10_000_000, ge=1, description="frames of an account that have not ended")
     max_farm_frames: int = Field(50_000_000, ge=1, description="frames of all accounts that have not ended")

@@ -10,6 +10,7 @@ from PIL import Image
 from farm import accounts, budgets, catalog, intake, ledger, limits, pricing
 from farm.accounts import Caller, Role
 from farm.api.app import create_app
+from farm.api.limits import Failures
 from farm.db import transaction
 from farm.errors import Invalid, QueueFull
 from farm.ids import public
@@ -260,6 +261,71 @@ def test_processes_share_the_rates_between_them(
     answers = [api.post("/v1/jobs", json={"spec": RED}).status_code for _ in range(3)]
 
     assert answers == [202, 202, 429]
+
+
+# ------------------------------------------------------------------------------------------------ wrong keys
+
+
+def wrong_keys(monkeypatch: pytest.MonkeyPatch, per_min: str) -> None:
+    monkeypatch.setenv("FARM_WRONG_KEYS_PER_MIN", per_min)
+    settings.cache_clear()
+
+
+def test_wrong_keys_from_an_address_are_counted_and_right_ones_keep_working(
+    api: TestClient, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given an address that may send three a minute
+    wrong_keys(monkeypatch, "3")
+    with transaction() as db:
+        gone, revoked = accounts.issue_key(db, accounts.find(db, "acme"))
+        accounts.revoke_key(db, gone.id)
+    assert api.get("/v1/jobs").status_code == 200
+
+    # when
+    sent = [api.get("/v1/jobs", headers=as_(key)) for key in ("farm_x", revoked, keys["acme"] + "x", revoked)]
+
+    # then
+    assert [a.status_code for a in sent] == [401, 401, 401, 429]
+    assert sent[-1].json()["type"] == "urn:farm:rate-limited"
+    assert (sent[-1].json()["limit"], sent[-1].json()["allowed_per_min"]) == ("address-wrong-keys", 3)
+    assert 1 <= int(sent[-1].headers["Retry-After"]) <= 20
+    assert api.post("/sdapi/v1/txt2img", json=RED, headers=as_(revoked)).status_code == 429
+    assert api.get("/v1/jobs").status_code == 200
+    assert api.get("/v1/jobs", headers=as_(keys["second"])).status_code == 200  # never seen before
+    assert api.get("/v1/jobs", headers={"Authorization": ""}).status_code == 401  # it guesses nothing
+    assert api.get("/v1/jobs", headers=as_(revoked)).status_code == 429
+
+
+def test_wrong_keys_of_one_address_are_not_anothers(
+    keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong_keys(monkeypatch, "2")
+    app = create_app()
+
+    def get(host: str) -> int:
+        client = TestClient(app, client=(host, 1))
+        return client.get("/v1/jobs", headers=as_("farm_x")).status_code
+
+    assert [get("192.0.2.1") for _ in range(3)] == [401, 401, 429]
+    assert get("192.0.2.2") == 401
+    assert [get(f"2001:db8::{n}") for n in (1, 2, 3)] == [401, 401, 429]  # one network's
+    assert get("2001:db8:0:1::1") == 401
+
+
+def test_an_address_may_send_wrong_keys_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong_keys(monkeypatch, "2")
+    now = 1000.0
+    monkeypatch.setattr("farm.api.limits.time.monotonic", lambda: now)
+    failures = Failures()
+    refused = [failures.count("192.0.2.1") for _ in range(3)][-1]
+    assert refused is not None
+    assert (refused.retry_after_s, failures.too_many("192.0.2.1")) == (30, True)
+
+    now += 30
+
+    assert not failures.too_many("192.0.2.1")
+    assert failures.count("192.0.2.1") is None
+    assert failures.count("192.0.2.1") is not None
 
 
 @pytest.mark.parametrize(

@@ -747,6 +747,35 @@ def test_a_running_job_tells_how_fast_it_is_and_when_it_is_done(
     assert shown["rate"] == pytest.approx(0.5, rel=0.2)
     left = datetime.fromisoformat(shown["eta"]) - datetime.now(UTC)
     assert 2 <= left.total_seconds() <= 6
+    assert shown["on_time"] is None
+
+
+@pytest.mark.parametrize(("deadline_s", "on_time"), [(1, False), (3600, True)])
+def test_a_job_tells_whether_it_is_done_before_its_deadline_at_this_rate(
+    api: TestClient, keys: dict[str, str], command: Command, deadline_s: int, on_time: bool
+) -> None:
+    from farm import sweep
+
+    # given a job of which nothing was done
+    job = submitted(keys, 4)
+    name = ids.public("job", job)
+    ask(
+        f"UPDATE jobs SET deadline = now() + interval '{deadline_s} s', on_late = 'demote' WHERE id = :job",
+        job=job,
+    )
+    assert api.get(f"/v1/jobs/{name}").json()["on_time"] is None
+
+    # when half of it is done, in four seconds
+    rendered(2)
+    sweep.do(next(c for c in sweep.CHORES if c.name == "relay"))
+    ask("UPDATE events SET at = at - interval '4 s'")
+
+    # then
+    shown = api.get(f"/v1/jobs/{name}").json()
+    assert shown["eta"] is not None
+    assert shown["on_time"] is on_time
+    said = command("job", name).out
+    assert ("late at this rate" in said) is not on_time
 
 
 def test_the_command_line_says_when_a_job_runs(command: Command, keys: dict[str, str]) -> None:

@@ -55,6 +55,7 @@ def farm(database: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, 
     for name, value in {
         **dict.fromkeys(rates, "1000000"),
         "FARM_SYNC_WAIT_S": "0.05",
+        "FARM_WRONG_KEYS_PER_MIN": "1e6",
         "FARM_FETCH_S": "0.2",
     }.items():
         monkeypatch.setenv(name, value)

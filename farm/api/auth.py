@@ -33,10 +33,11 @@ def key_in(header: str | None) -> str:
 async def admitted(request: Request, key: str, *, role: Role | None = None) -> Caller:
     """Who a request with this API key comes from; it counts against the rates of the key and its account.
 
-    Raises Unauthorized, RateLimited, and Forbidden if the key may not do what role says.
+    Raises Unauthorized, RateLimited (wrong keys from one address, too), and Forbidden if the key may not
+    do what role says.
     """
     door: Door = request.app.state.door
-    found = await door.find(key)
+    found = await door.find(key, address=request.client.host if request.client else "")
     request.state.known = found
     _count(request, "reads" if request.method in READS else "writes")
     if role is not None:

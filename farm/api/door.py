@@ -3,6 +3,9 @@
 Looking a key up takes a query and a thread: one that was looked up is taken for what it was then for KNOWN_S. A key
 that is rotated, revoked, expired or limited otherwise is what it is now at once in the process that did it, and after
 KNOWN_S at most in the others.
+
+Wrong keys are counted by the address they come from. From one that sent too many, keys that did not open before are
+looked up one at a time, so that guessing holds one connection at most; and those that are wrong answer 429.
 """
 
 import asyncio
@@ -16,9 +19,9 @@ from fastapi.concurrency import run_in_threadpool
 
 from farm import accounts, limits
 from farm.accounts import Caller
-from farm.api.limits import Buckets, Taken
+from farm.api.limits import Buckets, Failures, Taken
 from farm.db import transaction
-from farm.errors import FarmError
+from farm.errors import FarmError, Unauthorized
 from farm.limits import Limits
 
 log = logging.getLogger(__name__)
@@ -45,15 +48,32 @@ class Door:
         self._known: dict[bytes, Known] = {}  # by the hash of the key's text
         self._looking: dict[bytes, asyncio.Task[Known]] = {}  # up, just now: for all who ask meanwhile
         self._buckets = Buckets()
+        self._failures = Failures()
+        self._doubted = asyncio.Lock()
         self._used: dict[UUID, float] = {}
 
     def take(self, found: Known, kind: str) -> Taken:
         """Count a request: reads, writes or submissions."""
         return self._buckets.take(found.caller, kind, found.account, found.key)
 
-    async def find(self, text: str) -> Known:
-        """Who this API key belongs to. Raises Unauthorized as accounts.authenticate() does."""
+    async def find(self, text: str, *, address: str = "") -> Known:
+        """Who this API key belongs to. address: where it comes from; without one it is not counted there.
+
+        Raises Unauthorized as accounts.authenticate() does, RateLimited if that came too often from the address.
+        """
         name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        try:
+            if address and name not in self._known and self._failures.too_many(address):
+                async with self._doubted:
+                    return await self._find(text, name)
+            return await self._find(text, name)
+        except Unauthorized:
+            self._known.pop(name, None)
+            if address and (refused := self._failures.count(address)) is not None:
+                raise refused from None
+            raise
+
+    async def _find(self, text: str, name: bytes) -> Known:
         known, looking = self._known, self._looking  # forget() puts others in their place
         found = known.get(name)
         if found is None or found.until < time.monotonic():

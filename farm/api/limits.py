@@ -1,13 +1,15 @@
-"""How many requests a key and an account may send: token buckets in this process, and the headers that tell of them.
+"""How many requests a key and an account may send, and how many wrong keys an address: token buckets in this process.
 
 Each bucket holds what comes in FARM_RATE_BURST_S at its rate, and fills up at that rate. Where several API processes
 share the farm, each gives a share of the rates: FARM_API_PROCESSES says how many they are. So no request waits for
 another service, and an account whose requests all land on one process gets that much less.
 """
 
+import ipaddress
 import time
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 from uuid import UUID
 
 from farm.accounts import Caller
@@ -88,9 +90,64 @@ class Buckets:
         return bucket
 
     def _drop_full(self, now: float) -> None:
-        self._buckets = {
-            name: b for name, b in self._buckets.items() if b.left + (now - b.at) * b.per_s < b.size
-        }
+        self._buckets = _not_full(self._buckets, now)
+
+
+class Failures:
+    """Wrong keys that came lately, by address. Used by the event loop alone."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[str, Bucket] = {}
+
+    def too_many(self, address: str) -> bool:
+        """Whether as many wrong keys came from there as may."""
+        bucket = self._buckets.get(network_of(address))
+        if bucket is None:
+            return False
+        bucket.fill(time.monotonic(), *_failing())
+        return bucket.left < 1
+
+    def count(self, address: str) -> RateLimited | None:
+        """Count a wrong key. Returns how to refuse it where too many came before."""
+        now, (per_s, size) = time.monotonic(), _failing()
+        name = network_of(address)
+        bucket = self._buckets.get(name)
+        if bucket is None:
+            if len(self._buckets) >= MOST:
+                rest = _not_full(self._buckets, now)
+                self._buckets = rest if len(rest) < MOST else {}
+            bucket = self._buckets[name] = Bucket(size, now, per_s, size)
+        bucket.fill(now, per_s, size)
+        if bucket.left >= 1:
+            bucket.left -= 1
+            return None
+        allowed = settings().wrong_keys_per_min
+        return RateLimited(
+            f"{allowed:g} wrong API keys a minute may come from an address",
+            retry_after_s=min(LONGEST_S, max(1, ceil((1 - bucket.left) / per_s))),
+            limit="address-wrong-keys", allowed_per_min=allowed,
+        )  # fmt: skip
+
+
+def _failing() -> tuple[float, float]:
+    """Wrong keys a second from an address, and how many at once."""
+    share = settings().wrong_keys_per_min / settings().api_processes
+    return share / 60, max(1.0, share)
+
+
+def network_of(address: str) -> str:
+    """The address, and of IPv6 its first 64 bits: whoever has one of them has all."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    return str(found.ipv4_mapped or ipaddress.ip_network((found.packed[:8] + bytes(8), 64)))
+
+
+def _not_full(buckets: dict[Any, Bucket], now: float) -> dict[Any, Bucket]:
+    return {name: b for name, b in buckets.items() if b.left + (now - b.at) * b.per_s < b.size}
 
 
 def rates(*own: Limits) -> dict[str, float]:

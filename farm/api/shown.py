@@ -68,6 +68,7 @@ def _job(view: JobView, part: float, around: Around, of_late: Pace | None) -> an
     name = ids.public("job", view.id)
     url = f"{around.url}/v1/jobs/{name}"
     ended = view.done + view.failed + view.cancelled
+    eta = of_late and _eta(of_late.at, (view.frames - ended - part) / of_late.per_s)
     return answers.Job(
         id=name,
         name=view.name,
@@ -101,7 +102,8 @@ def _job(view: JobView, part: float, around: Around, of_late: Pace | None) -> an
         after=[ids.public("job", first) for first, ok in view.after if not ok],
         after_ok=[ids.public("job", first) for first, ok in view.after if ok],
         rate=of_late and float(f"{of_late.per_s:.3g}"),
-        eta=of_late and _eta(of_late.at, (view.frames - ended - part) / of_late.per_s),
+        eta=eta,
+        on_time=eta < view.deadline if eta and view.deadline else None,
         urls=answers.JobUrls(
             self=url,
             frames=f"{url}/frames",

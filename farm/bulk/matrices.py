@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from farm import weights
 from farm.bulk.lines import Reader, Row, Template
 from farm.catalog import Catalog
 from farm.errors import Fault, Invalid
@@ -60,6 +61,10 @@ class Matrix:
             raise Invalid(faults)
         self._reader = Reader(models, {})
         self.templates = _templates(others, self._reader, models)
+        if any(template.spec.prompt_weights for template in self.templates) and (
+            wrong := [Fault("matrix.prompt", *f) for p in self.prompts if (f := weights.fault_of(p))]
+        ):
+            raise Invalid(wrong)
         self.count = len(self.prompts) * len(self.templates) * len(self.seeds)
         if self.count > most:
             raise Invalid([Fault("matrix", self.count, f"allowed are {most} images")])

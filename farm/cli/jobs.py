@@ -333,7 +333,8 @@ def show_job(job: Job, json: bool) -> None:
 
 def _timing(job: Job) -> list[tuple[str, Any]]:
     late = f", and was late at {job.late_at:%Y-%m-%d %H:%M:%S}" if job.late_at else ""
-    deadline = f"{job.deadline:%Y-%m-%d %H:%M:%S}, else {job.on_late}{late}" if job.deadline else None
+    soon = ", late at this rate" if job.on_time is False else ""
+    deadline = f"{job.deadline:%Y-%m-%d %H:%M:%S}, else {job.on_late}{late}{soon}" if job.deadline else None
     return [
         ("pace", pace_of(job).removeprefix(", ")),
         ("after", ", ".join(job.after)),
