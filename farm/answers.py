@@ -243,6 +243,11 @@ class Rerender(Answer):
     of: str = Field(description="the frame it repeats")
     same_pixels: bool
     same_file: bool = Field(description="byte for byte; other versions alone make another file")
+    largest_difference: int | None = Field(
+        None,
+        description="levels of 255, of any channel; 1 is within rounding; null: a file is gone",
+    )
+    pixels_differing: int | None = Field(None, description="how many differ at all")
     versions: list[VersionChange] = Field(description="what rendered it, where it differs")
 
 
@@ -672,8 +677,8 @@ class HourlyLine(Answer):
 
 
 class Hourly(Answer):
-    since: datetime
-    until: datetime
+    since: datetime = Field(description="the start of an hour")
+    until: datetime = Field(description="the start of an hour, which is not part of it")
     lines: list[HourlyLine]
 
 
@@ -815,8 +820,11 @@ class MarginShare(Answer):
     reversed: int
     revenue: dict[str, str] = Field(description="amount by currency")
     gpu_s: str = Field(description="seconds of GPU time of delivered frames, to the microsecond")
+    gpu_s_by_currency: dict[str, str] = Field(description="the same by the currency of who got the frames")
     undelivered_s: str = Field(description="seconds of the same packs for other frames; the farm's own")
-    per_gpu_hour: dict[str, str] = Field(description="revenue for an hour of delivered GPU time, rounded")
+    per_gpu_hour: dict[str, str] = Field(
+        description="revenue for an hour of delivered GPU time, both of one currency's accounts, rounded"
+    )
 
 
 class PoolTime(Answer):

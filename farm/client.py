@@ -12,6 +12,7 @@ idempotency key, so that it is done once.
 """
 
 import re
+import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -439,7 +440,10 @@ class Farm:
     def hourly_usage(
         self, *, since: datetime | None = None, until: datetime | None = None, account: str | None = None
     ) -> Hourly:
-        """What was used hour by hour in [since, until), of the last day if neither is given."""
+        """What was used hour by hour in [since, until), of the last day if neither is given.
+
+        Both times are taken down to the start of their hour.
+        """
         times = {"since": since and since.isoformat(), "until": until and until.isoformat()}
         asked = {**times, "account": account}
         return self._ask(Hourly, "GET", "/v1/usage/hourly", params=asked)
@@ -591,6 +595,14 @@ class Farm:
     def workers(self) -> list[Worker]:
         return self._ask(answers.Workers, "GET", "/v1/workers").workers
 
+    def drain(self, worker: str) -> Worker:
+        """Have a worker claim nothing more."""
+        return self._ask(Worker, "POST", _path("workers", worker, "drain"), once=True)
+
+    def undrain(self, worker: str) -> Worker:
+        """Have a drained worker claim again."""
+        return self._ask(Worker, "POST", _path("workers", worker, "undrain"), once=True)
+
     def accounts(self) -> list[Account]:
         return self._ask(answers.Accounts, "GET", "/v1/accounts").accounts
 
@@ -656,15 +668,20 @@ class Farm:
         return self._ask(Audit, "GET", "/v1/audit")
 
     def audit_images(self, sample: int | None = None) -> Iterator[ImagesAudit]:
-        """Stored images against their booked hashes: all of them a page at a time, or so many at random."""
+        """Stored images against their booked hashes, a page at a time: all of them, or so many at random.
+
+        None is read twice: where there are fewer than asked for, all are read.
+        """
+        seed = None if sample is None else secrets.randbits(63)
         left, after = sample, 0
         while left is None or left > 0:
-            asked = {"after": after, "limit": IMAGES, "sample": left and min(left, IMAGES)}
+            limit = IMAGES if left is None else min(left, IMAGES)
+            asked = {"after": after, "limit": limit, "seed": seed}
             page = self._ask(ImagesAudit, "GET", "/v1/audit/images", params=asked)
             yield page
-            if left is None and page.next is None:
+            if page.next is None:
                 return
-            left, after = (None, page.next or 0) if left is None else (left - IMAGES, 0)
+            left, after = None if left is None else left - limit, page.next
 
     def close_statement(self, account: str, month: str) -> Statement:
         """Close a month that is over; it may take some seconds for each hundred thousand images.

@@ -88,13 +88,16 @@ def _header(headers: Mapping[str, Any], name: str, what_for: str) -> str:
     return value
 
 
-def submit(task: Task, body: Any) -> str:
-    """What the Celery task does. Returns the job's public id.
+def submit(task: Task, *args: Any, **named: Any) -> str:
+    """What the Celery task does with its one argument, the body. Returns the job's public id.
 
     Raises SubmissionRefused with what is wrong, and no secret in it.
     """
+    given = [*args, *named.values()]
+    if len(given) != 1 or not named.keys() <= {"body"}:
+        raise SubmissionRefused(f"allowed is one argument, the body of POST /v1/jobs; {len(given)} came")
     try:
-        job_id, models = accept(body, task.request.headers or {})
+        job_id, models = accept(given[0], task.request.headers or {})
     except (Away, Conflict) as e:  # Conflict: the same idempotency key is being worked on
         _again(task, e)
     except Refused as e:

@@ -7,13 +7,13 @@ lowered by the sweep to what open frames still need. Nothing here computes an am
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from hashlib import sha256
 from typing import Any
 from uuid import UUID, uuid5
 
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select, text, tuple_
 from sqlalchemy.orm import Session
 
 from farm import ids, pricing
@@ -125,11 +125,15 @@ def usage_lines(
 
 
 def hourly(db: Session, account_id: UUID, *, since: datetime, until: datetime) -> list[HourlyLine]:
-    """What an account used in [since, until), hour by hour, then by model, method, currency and rate."""
+    """What an account used in [since, until), hour by hour, then by model, method, currency and rate.
+
+    Both times are taken down to the start of their hour, so that a line is always that of a whole hour.
+    """
     complete: datetime = db.scalars(
         sql("settled_until")
     ).one()  # before the rows are read: what it says stays true
-    rows = db.execute(sql("usage_hourly"), {"account_id": account_id, "since": since, "until": until})
+    window = {"since": hour_of(since), "until": hour_of(until)}
+    rows = db.execute(sql("usage_hourly"), {"account_id": account_id, **window})
     return [
         HourlyLine(
             **{**r._mapping, "quantity": int(r.quantity)},
@@ -138,6 +142,11 @@ def hourly(db: Session, account_id: UUID, *, since: datetime, until: datetime) -
         )
         for r in rows
     ]
+
+
+def hour_of(moment: datetime) -> datetime:
+    """The start of its hour in UTC."""
+    return moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
 
 
 def _hourly_id(account_id: UUID, row: Any) -> UUID:
@@ -212,17 +221,19 @@ def _plain(row: Any) -> dict[str, str]:
     return {name: str(value) for name, value in row.items()}
 
 
-def images_after(db: Session, number: int, *, limit: int) -> Sequence[Image]:
-    """The images above a number that should be in the store, in order."""
-    kept = select(Image).where(Image.id > number, Image.deleted_at.is_(None))
-    return db.scalars(kept.order_by(Image.id).limit(limit)).all()
+def images_after(db: Session, number: int, *, limit: int, seed: int | None = None) -> Sequence[Image]:
+    """The next images after one, 0 for the first, that should be in the store.
 
-
-def sampled_images(db: Session, count: int) -> Sequence[Image]:
-    """So many images that should be in the store, drawn at random."""
+    In the order of their ids; with a seed, 0 to 2⁶³−1, in an order drawn by it, which reads the whole table.
+    """
+    kept = select(Image).where(Image.deleted_at.is_(None)).limit(limit)
+    if seed is None:
+        return db.scalars(kept.where(Image.id > number).order_by(Image.id)).all()
     db.execute(FOR_ALL)
-    kept = select(Image).where(Image.deleted_at.is_(None))
-    return db.scalars(kept.order_by(func.random()).limit(count)).all()
+    drawn = tuple_(func.hashint8extended(Image.id, seed), Image.id)
+    if number:
+        kept = kept.where(drawn > tuple_(func.hashint8extended(number, seed), number))
+    return db.scalars(kept.order_by(drawn)).all()
 
 
 def images_among(db: Session, numbers: Sequence[int]) -> Sequence[Image]:

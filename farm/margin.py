@@ -27,16 +27,20 @@ FOR_ALL = text("SET LOCAL enable_seqscan = on; SET LOCAL enable_nestloop = off")
 class Share:
     """What one model, pool or account brought in and took.
 
-    revenue: amount by currency. gpu_us: microseconds of GPU time that were delivered; undelivered_us: of packs of the
-    same, but booked to the farm (an account never has any).
+    revenue: amount by currency. gpu_us_by_currency: microseconds of GPU time that were delivered, by the currency of
+    who got it; undelivered_us: of packs of the same, but booked to the farm (an account never has any).
     """
 
     name: str
     frames: int
     reversed: int
     revenue: Mapping[str, Decimal]
-    gpu_us: int
+    gpu_us_by_currency: Mapping[str, int]
     undelivered_us: int
+
+    @property
+    def gpu_us(self) -> int:
+        return sum(self.gpu_us_by_currency.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,23 +100,24 @@ def _shares(rows: Iterable[tuple[str, Any]]) -> tuple[Share, ...]:
 
 def _share(name: str, rows: Iterable[Any]) -> Share:
     amounts: dict[str, list[Decimal]] = defaultdict(list)
-    frames = taken_back = delivered = undelivered = 0
+    delivered: dict[str, int] = defaultdict(int)
+    frames = taken_back = undelivered = 0
     for row in rows:
         frames += row.frames
         taken_back += row.reversed
         if row.account_id is None:
             undelivered += int(row.gpu_us)
         else:
-            delivered += int(row.gpu_us)
+            delivered[row.currency] += int(row.gpu_us)
             amounts[row.currency].append(row.revenue)
     revenue = {currency: pricing.total(parts) for currency, parts in sorted(amounts.items())}
-    return Share(name, frames, taken_back, revenue, delivered, undelivered)
+    return Share(name, frames, taken_back, revenue, dict(sorted(delivered.items())), undelivered)
 
 
 def _with_idle(pools: Iterable[Share], up: Mapping[str, int]) -> list[Share]:
     """The pools that rendered, and those that only were there. Reused images have none."""
     known = {p.name: p for p in pools if p.gpu_us or p.undelivered_us}
-    return [known.get(name) or Share(name, 0, 0, {}, 0, 0) for name in sorted({*known, *up})]
+    return [known.get(name) or Share(name, 0, 0, {}, {}, 0) for name in sorted({*known, *up})]
 
 
 def _time(pool: Share, up: Mapping[str, int]) -> PoolTime:

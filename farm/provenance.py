@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 from uuid import UUID
 
+from PIL import Image as Picture
+from PIL import ImageChops
 from sqlalchemy.orm import Session
 
 from farm import ids, jobs, submissions
@@ -13,6 +16,7 @@ from farm.catalog import Catalog, catalog
 from farm.errors import Conflict, NotFound
 from farm.queue import FrameStatus
 from farm.spec import UNSEEN, Asked, Spec, fingerprint
+from farm.storage import Store
 from farm.tables import Frame, Image, Job, Pack
 
 
@@ -33,13 +37,22 @@ class Origin:
 class Comparison:
     """A frame that was rendered again, against the one it was meant to repeat.
 
-    versions: what rendered it, where it differs: before and now.
+    versions: what rendered it, where it differs: before and now. keys: of the two files.
     """
 
     of: Origin
     same_pixels: bool
     same_file: bool
     versions: Mapping[str, tuple[Any, Any]]
+    keys: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far two images are apart: in levels of 255 of any channel, and in how many pixels."""
+
+    largest: int
+    pixels: int
 
 
 def find(db: Session, account_id: UUID, frame_id: UUID) -> Origin:
@@ -74,7 +87,26 @@ def compare(db: Session, again: Origin) -> Comparison | None:
         same_pixels=first.image.pixel_sha256 == again.image.pixel_sha256,
         same_file=first.image.sha256 == again.image.sha256,
         versions={n: (before.get(n), now.get(n)) for n in names if before.get(n) != now.get(n)},
+        keys=(first.image.key, again.image.key),
     )
+
+
+def measure(store: Store, compared: Comparison) -> Difference | None:
+    """How far the two images are apart, as their files show them; None if a file is gone, or they differ in size.
+
+    Reads both files unless their pixels are known to be the same: hold no transaction. Raises what the store raises.
+    """
+    if compared.same_pixels:
+        return Difference(0, 0)
+    try:
+        first, again = (Picture.open(BytesIO(store.get(key))).convert("RGB") for key in compared.keys)
+    except NotFound:
+        return None
+    if first.size != again.size:
+        return None
+    red, green, blue = ImageChops.difference(first, again).split()
+    levels = ImageChops.lighter(ImageChops.lighter(red, green), blue).histogram()
+    return Difference(max(level for level, count in enumerate(levels) if count), sum(levels[1:]))
 
 
 def rerender(

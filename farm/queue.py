@@ -34,7 +34,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
 from farm import lanes
@@ -130,6 +130,9 @@ class StoredFrame:
     width: int
     height: int
     prompt: bool = False  # the file says it
+    since: datetime | None = (
+        None  # the database's time before it was stored; None: after its pack was claimed
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,6 +410,23 @@ def release(
     gpu_ms: as settle() takes it.
     """
     return _give_back(db, packs, Outcome.RELEASED, frames=frames, gpu_ms=gpu_ms)
+
+
+def off_device(db: Session, gpu_ms: Mapping[int, int]) -> None:
+    """Note that these packs, still open, are off the device: their worker may be woken for others.
+
+    gpu_ms: pack id → milliseconds on the device.
+    """
+    for pack, ms in sorted(gpu_ms.items()):
+        db.execute(update(Pack).where(Pack.id == pack, Pack.closed_at.is_(None)).values(gpu_ms=ms))
+
+
+def lapse(db: Session, worker: str) -> int:
+    """End the leases of a worker whose process is dead: reclaim() need not wait for them. Returns how many."""
+    db.execute(ASYNC)
+    held = _hold(db, db.scalars(select(Pack.id).where(Pack.worker == worker, Pack.closed_at.is_(None))).all())
+    db.execute(update(Pack).where(Pack.id.in_(held)).values(lease_until=func.clock_timestamp()))
+    return len(held)
 
 
 def reclaim(db: Session, *, limit: int = 100) -> int:

@@ -136,32 +136,21 @@ def forget(db: Session) -> int:
 # ------------------------------------------------------------------------------------------------ when
 
 
-@dataclass(frozen=True, slots=True)
-class _Pace:
-    """How a model was rendered of late, by one worker."""
-
-    s_per_frame: float
-    s_per_work: float
-
-
 def expected(
     db: Session, parts: Sequence[Part], *, priority: int, models: Catalog
 ) -> tuple[datetime, datetime] | None:
     """When the first frame of such a job is handed out, and when the last is done, if nothing more urgent comes.
 
-    From the pace of the last hour and what is queued as urgent or more so. None if a model that counts was not
-    rendered in that hour, or no worker has it.
+    From the pace of the last hour, the work that is queued as urgent or more so, and half of what is on devices. None
+    if a model that counts was not rendered in that hour, or no worker has it.
     """
-    paces = {
-        r.model: _Pace(r.ms / 1000 / r.frames, r.ms / 1000 / float(r.work)) for r in db.execute(sql("pace"))
-    }
-    queued: dict[str, int] = {}
-    for row in db.execute(sql("queue_depth")):
-        if row.priority >= priority:
-            queued[row.model] = queued.get(row.model, 0) + int(row.frames)
+    paces = {r.model: r.ms / 1000 / float(r.work) for r in db.execute(sql("pace"))}
+    pools = {models[p.rate.model].pool for p in parts}
+    about = {"priority": priority, "models": [m.name for pool in pools for m in models.pool(pool)]}
+    queued = {r.model: float(r.work) for r in db.execute(sql("queue_ahead"), about)}
     workers = _workers(db)
     spans = []
-    for pool in {models[p.rate.model].pool for p in parts}:
+    for pool in pools:
         own = [p for p in parts if models[p.rate.model].pool == pool]
         span = _span(own, pool, models=models, paces=paces, queued=queued, workers=workers)
         if span is None:
@@ -177,18 +166,21 @@ def _span(
     pool: str,
     *,
     models: Catalog,
-    paces: Mapping[str, _Pace],
-    queued: Mapping[str, int],
+    paces: Mapping[str, float],
+    queued: Mapping[str, float],
     workers: Mapping[str, int],
 ) -> tuple[float, float] | None:
-    """Seconds until a pool starts with these parts, and until it is done with them."""
+    """Seconds until a pool starts with these parts, and until it is done with them.
+
+    paces: seconds of one worker for a pixel and step. queued: the work ahead.
+    """
     ahead = {m.name: queued[m.name] for m in models.pool(pool) if queued.get(m.name)}
     at_work = min(workers.get(p.rate.model, 0) for p in parts)
     if at_work == 0 or not paces.keys() >= {*ahead, *(p.rate.model for p in parts)}:
         return None
-    starts = sum(frames * paces[m].s_per_frame for m, frames in ahead.items()) / at_work
+    starts = sum(work * paces[m] for m, work in ahead.items()) / at_work
     packs = sum(ceil(p.frames / models[p.rate.model].pack.frames) for p in parts)
-    own = sum(p.work * paces[p.rate.model].s_per_work for p in parts)
+    own = sum(p.work * paces[p.rate.model] for p in parts)
     return starts, starts + own / min(at_work, packs)
 
 

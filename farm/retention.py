@@ -11,8 +11,9 @@ Why no file is lost that a frame needs, whoever stalls, and whatever the clocks 
  2. settle.sql books no frame onto a tombstone: `frames` refuses the whole transaction. Two that come at once meet at
     the unique key or at the row, so that one sees what the other did.
  3. The worker then settles through revive(): a tombstone is an image again only if its file was gone (purged_at)
-    before the frame's pack was claimed, and so before the file was stored anew. Otherwise the frame is given back
-    and rendered again. Settling pays nothing for this while no tombstone is met.
+    MARGIN_S before the frame's pack was claimed, and so before the file was stored anew. Otherwise the worker keeps
+    the image, asks past_margin() until that much time has passed, stores it anew and settles it as stored since then.
+    A worker that drains gives the frame back instead. Settling pays nothing for this while no tombstone is met.
  4. One sweep at a time purges, under a lock that lasts as long as its connection: frozen, it keeps the lock.
 
 What is left is a DELETE that a network delivers MARGIN_S after it was answered or given up, or a purge that was cut
@@ -25,7 +26,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import islice
 from time import monotonic
 from typing import Any
@@ -128,11 +129,30 @@ def bury(db: Session, images: Iterable[int]) -> int:
 def revive(db: Session, stored: Sequence[dict[str, Any]]) -> Revived:
     """Make images of those tombstones whose files were certainly stored anew.
 
-    stored: key, pack_id, pixel_sha256 in hex, bytes, width and height of each frame. Settle in the same
+    stored: key, pack_id, pixel_sha256 in hex, bytes, width, height and since of each frame. Settle in the same
     transaction, leave out the refused keys, and bury() what lives again: no frame may have come to need it.
     """
     rows = db.execute(sql("revive"), {"stored": json.dumps(list(stored)), "margin_s": MARGIN_S}).all()
     return Revived(frozenset(r.id for r in rows if r.alive), frozenset(r.key for r in rows if not r.alive))
+
+
+PAST_MARGIN = """
+    SELECT now.at, ARRAY (
+        SELECT k.key FROM unnest(CAST(:keys AS text[])) AS k (key)
+        WHERE NOT EXISTS (
+            SELECT FROM images AS i
+            WHERE i.key = k.key AND i.deleted_at IS NOT NULL
+              AND (i.purged_at IS NULL OR i.purged_at + make_interval(secs => :margin_s) >= now.at)
+        )
+    ) AS ready
+    FROM (SELECT clock_timestamp() AS at OFFSET 0) AS now
+"""
+
+
+def past_margin(db: Session, keys: Sequence[str]) -> tuple[datetime, frozenset[str]]:
+    """The time, and which of these keys revive() takes if they are stored from now on."""
+    row = db.execute(text(PAST_MARGIN), {"keys": list(keys), "margin_s": MARGIN_S}).one()
+    return row.at, frozenset(row.ready)
 
 
 # ------------------------------------------------------------------------------------------------ files

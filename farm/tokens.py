@@ -144,7 +144,8 @@ def _forget() -> None:
 def top_up(db: Session, models: Iterable[str] | None = None) -> int:
     """Keep as many tokens in the broker as there are idle workers for models with work. Returns how many were sent.
 
-    A worker is busy while it holds an open pack: read off the packs, so it cannot go stale.
+    A worker is busy while it holds an open pack that it claimed since it was started: read off the packs, so it cannot
+    go stale.
     """
     wanted = None if models is None else sorted(set(models))
     rows = db.execute(sql("idle_workers"), {"models": wanted, "lost_s": settings().worker_lost_s}).all()

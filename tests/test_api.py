@@ -778,6 +778,28 @@ def test_workers_show_the_packs_in_hand(api: TestClient, keys: dict[str, str]) -
     ]
 
 
+def test_an_admin_drains_a_worker_and_takes_it_back(api: TestClient, keys: dict[str, str]) -> None:
+    with transaction() as db:
+        db.execute(
+            text(
+                "INSERT INTO workers (id, pool, models, device, state)"
+                " VALUES ('w1@host', 'starter', '{starter}', 'cpu', 'up'),"
+                " ('w2@host', 'starter', '{starter}', 'cpu', 'gone')"
+            )
+        )
+
+    def asked(worker: str, verb: str, who: str = "admin") -> tuple[int, str | None]:
+        answer = api.post(f"/v1/workers/{worker}/{verb}", headers=as_(keys[who]))
+        return answer.status_code, answer.json().get("state")
+
+    assert asked("w1@host", "drain", "acme")[0] == 403
+    assert asked("w9@host", "drain")[0] == 404
+    assert [asked("w1@host", verb) for verb in ("drain", "drain", "undrain")] == [
+        (200, "draining"), (200, "draining"), (200, "up"),
+    ]  # fmt: skip
+    assert asked("w2@host", "drain") == (200, "gone")
+
+
 # ------------------------------------------------------------------------------------------------ OpenAPI
 
 

@@ -58,6 +58,8 @@ def test_usage_is_shown_by_the_hour(farm: Command, last_month: str) -> None:  # 
     )
 
     assert (row["frames"], row["amount"], row["final"]) == (3, "0.00075", True)
+    within = row["hour"].replace(":00:00", ":59:59")
+    assert json.loads(farm("usage", "hourly", "--since", within, "--json").out) == [row]
     assert "since:" in farm("usage", "hourly", "--since", "2020-01-01").err
 
 
@@ -88,7 +90,10 @@ def test_a_statement_is_shown_closed_and_written(farm: Command, last_month: str,
     page = tmp_path / "bill.html"
     assert farm("statement", "acme", "--month", MONTH, "--html", "-o", str(page)).code == 0
     assert page.read_text().startswith("<!doctype html>")
-    assert [s["month"] for s in json.loads(farm("statement", "list", "--json").out)] == [MONTH]
+    for whose in ((), ("acme",), ("--account", "acme"), ("acme", "--account", "acme")):
+        assert [s["month"] for s in json.loads(farm("statement", "list", *whose, "--json").out)] == [MONTH]
+    assert farm("statement", "list", "--account", "nobody").code == 1
+    assert farm("statement", "list", "acme", "--account", "nobody").code == 2
     assert farm("audit").code == 0
 
 
@@ -123,6 +128,27 @@ def test_the_margin_is_a_table_a_chart_and_json(farm: Command, last_month: str, 
     assert Image.open(io.BytesIO(chart.read_bytes())).width == 2000
     assert [m["name"] for m in shown["models"]] == ["starter"]
     assert [(a["name"], a["frames"]) for a in shown["accounts"]] == [("acme", 2)]
+
+
+@pytest.mark.parametrize("where", [(), ("--offline",)])
+def test_an_audit_of_so_many_images_reads_none_of_them_twice(
+    farm: Command,  # noqa: F811
+    last_month: str,
+    store_url: str,
+    where: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # given pages of one image, and three images that are wrong
+    monkeypatch.setattr("farm.client.IMAGES", 1)
+    monkeypatch.setattr("farm.cli.offline.IMAGES", 1)
+    for file in Path(urlsplit(store_url).path).glob("v1/*/*.png"):
+        file.write_bytes(b"something else")
+
+    # then
+    for asked, read in ((2, 2), (3, 3), (50, 3)):
+        ran = farm("audit", "--images", str(asked), "--json", *where)
+        assert f"{read} images read" in ran.err
+        assert len({v["subject"] for v in json.loads(ran.out)}) == len(json.loads(ran.out)) == read
 
 
 @pytest.mark.parametrize("where", [(), ("--offline",)])

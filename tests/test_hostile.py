@@ -149,7 +149,19 @@ WORKFLOW = {
 
 # what stands in a path beside the id, and is nobody's own
 BESIDE = {"index": "0", "delivery": "1", "app": "starter"}
-NOBODYS = {"model", "model_id", "engine", "owner", "name", "version", "node_class", "folder", "month", "key"}
+NOBODYS = {
+    "model",
+    "model_id",
+    "engine",
+    "owner",
+    "name",
+    "version",
+    "node_class",
+    "folder",
+    "month",
+    "key",
+    "worker",
+}
 BODIES = {
     "PATCH /v1/jobs/{job}": {"priority": 1},
     "PATCH /v1/webhooks/{webhook}": {"disabled": True},

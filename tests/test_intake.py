@@ -152,6 +152,21 @@ def test_a_message_without_a_needed_header_is_refused_by_its_name(
     assert jobs_stored() == 0
 
 
+@pytest.mark.parametrize(
+    "given", [{"args": [BODY, "more"]}, {"args": []}, {"kwargs": {"spec": BODY["spec"]}}]
+)
+def test_a_call_with_other_arguments_says_what_is_allowed(
+    app: Celery, key: str, events: Events, given: dict[str, Any]
+) -> None:
+    headers = {"farm_api_key": key, "farm_idempotency_key": "order-1"}
+    task = app.send_task(tokens.SUBMIT, queue=tokens.SUBMIT_QUEUE, headers=headers, **given)
+
+    failed = events.wait_for("task-failed", task.id)
+
+    assert "allowed is one argument, the body of POST /v1/jobs" in failed["exception"]
+    assert jobs_stored() == 0
+
+
 def test_nobody_who_watches_sees_the_key(app: Celery, key: str, events: Events, log: Path) -> None:
     misplaced = {**BODY, "api_key": key}
     good = send(app, BODY, farm_api_key=key, farm_idempotency_key="order-1")

@@ -22,6 +22,7 @@ from tests.factories import (
     account,
     ask,
     back_date,
+    claim,
     model,
     must_claim,
     one,
@@ -287,6 +288,31 @@ def test_an_hour_is_final_only_when_nothing_of_it_can_commit_any_more(books: str
     assert [x.final for x in hours(caller)] == [True, False]
 
 
+def test_times_within_an_hour_cut_no_hour(books: str) -> None:
+    # given charges at the start and at the end of an hour
+    caller = account()
+    hour = ledger.hour_of(datetime.now(UTC)) - timedelta(hours=5)
+    for minute in (1, 59):
+        job = submit(caller, 1)
+        settle(must_claim())
+        back_date(hour + timedelta(minutes=minute), job=job)
+    half = timedelta(minutes=30)
+
+    # when
+    with transaction() as db:
+        windows = [
+            ledger.hourly(db, caller.account_id, since=since, until=until)
+            for since, until in (
+                (hour - half, hour + half),
+                (hour + half, hour + 3 * half),
+                (hour + half, hour + half),
+            )
+        ]
+
+    # then calls that meet give it once, and whole
+    assert [[(x.hour, x.frames, x.final) for x in lines] for lines in windows] == [[], [(hour, 2, True)], []]
+
+
 def test_what_is_settled_reaches_no_further_than_the_oldest_open_transaction(books: str) -> None:
     with transaction() as db:
         began = db.scalars(text("SELECT now()")).one()
@@ -519,7 +545,7 @@ def test_an_audit_of_images_finds_what_is_missing_or_other_than_booked(books: st
 
     # when
     with transaction() as db:
-        images, sample = ledger.images_after(db, 0, limit=10), ledger.sampled_images(db, 3)
+        images = ledger.images_after(db, 0, limit=10)
     found = ledger.audit_images(images, store)
 
     # then
@@ -527,9 +553,28 @@ def test_an_audit_of_images_finds_what_is_missing_or_other_than_booked(books: st
         ("image differs from its hash", keys[3]),
         ("image is not in the store", keys[1]),
     ]
-    assert len(sample) == 3
     with transaction() as db:
         assert [i.key for i in ledger.images_after(db, images[1].id, limit=1)] == [images[2].key]
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1, 2**63 - 1])
+def test_pages_of_images_have_each_of_them_once_in_whatever_order(books: str, seed: int | None) -> None:
+    # given
+    submit(account(), 10)
+    while (pack := claim()) is not None:
+        settle(pack)
+
+    # when
+    with transaction() as db:
+        pages = [list(ledger.images_after(db, 0, limit=3, seed=seed))]
+        while pages[-1]:
+            pages.append(list(ledger.images_after(db, pages[-1][-1].id, limit=3, seed=seed)))
+
+    # then
+    found = [image.id for page in pages for image in page]
+    assert [len(page) for page in pages] == [3, 3, 3, 1, 0]
+    assert len(set(found)) == 10
+    assert (found == sorted(found)) is (seed is None)
 
 
 def test_a_store_that_is_away_is_not_taken_for_one_without_images(books: str, store_url: str) -> None:

@@ -1,5 +1,6 @@
 """Margin: whose GPU time it was, to the last microsecond."""
 
+import io
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -7,14 +8,18 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
-from farm import accounts, ids, jobs, ledger, margin, queue
+from farm import accounts, answers, ids, jobs, ledger, margin, pricing, queue
 from farm.accounts import Caller, Role
 from farm.api.app import create_app
+from farm.cli import chart
+from farm.cli.shares import by_currency, longest, rows
 from farm.db import transaction
 from farm.margin import Margin
 from farm.queue import ClaimedFrame, ClaimedPack
 from tests.factories import (
+    CATALOG,
     FRAME,
     account,
     add_worker,
@@ -213,6 +218,63 @@ def test_nothing_used_is_nothing(books: str) -> None:
     empty = found()
 
     assert (empty.models, empty.pools, empty.accounts, empty.time) == ((), (), (), ())
+
+
+# ------------------------------------------------------------------------------------------------ currencies
+
+
+def two_currencies() -> None:
+    """Two of four frames of a pack are of an account that pays in another currency."""
+    with transaction() as db:
+        euro = accounts.create(db, "euro", currency="EUR")
+        pricing.set_price(db, CATALOG, account=None, model="alpha", rate=Decimal("0.0064"), currency="EUR")
+        key, _ = accounts.issue_key(db, euro)
+        theirs = Caller(euro.id, euro.name, euro.currency, key.id, Role.SUBMIT)
+    submit(account("dollar"), 3)
+    submit(theirs, 1)
+    rendered(must_claim(), 3600)
+
+
+def test_revenue_an_hour_is_by_the_time_of_those_who_pay_in_that_currency(books: str) -> None:
+    two_currencies()
+
+    answer = asked(account("ops"), Role.ADMIN).json()
+
+    (model,) = answer["models"]
+    assert (model["gpu_s"], model["gpu_s_by_currency"]) == (
+        "3.600000",
+        {"EUR": "0.900000", "USD": "2.700000"},
+    )
+    assert model["per_gpu_hour"] == {"EUR": "25.60", "USD": "12.80"}
+    assert [a["per_gpu_hour"] for a in answer["accounts"]] == [{"USD": "12.80"}, {"EUR": "25.60"}]
+
+
+def test_each_currency_is_drawn_to_its_own_scale(books: str) -> None:
+    # given
+    two_currencies()
+    shown = answers.Margin.model_validate_json(asked(account("ops"), Role.ADMIN).content)
+
+    # when
+    panels = by_currency(rows([*shown.models, *shown.accounts]))
+    drawn = Image.open(io.BytesIO(chart.draw(shown))).convert("RGB")
+
+    # then what has the most revenue of a currency has a full bar, whatever the other currency's figures are
+    assert [(c, [r.share.name for r in some]) for c, some in panels.items()] == [
+        ("EUR", ["alpha", "euro"]),
+        ("USD", ["alpha", "dollar"]),
+    ]
+    assert [longest(some) for some in panels.values()] == [
+        (Decimal("0.0064"), Decimal("0.9")),
+        (Decimal("0.0096"), Decimal("2.7")),
+    ]
+    full = (chart.MARGIN + chart.NAME + 1) * 2, (chart.WIDTH - chart.MARGIN - chart.FIGURES - 2) * 2
+    green = tuple(bytes.fromhex(chart.REVENUE[1:]))
+    tops = [
+        y
+        for y in range(140 * 2, drawn.height)
+        if all(drawn.getpixel((x, y)) == green for x in full) and drawn.getpixel((full[0], y - 1)) != green
+    ]
+    assert len(tops) == 6  # a model, a pool and an account, by two currencies
 
 
 # ------------------------------------------------------------------------------------------------ over HTTP

@@ -1,21 +1,28 @@
 """Provenance: what made an image, in the file and at the API; and the same image once more."""
 
+import hashlib
 import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from typing import Any
 
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from farm import accounts, cli, ids, pricing
 from farm.accounts import Role
+from farm.answers import Provenance
 from farm.api.app import create_app
 from farm.catalog import catalog
-from farm.db import transaction
+from farm.cli.frames import _is_same, _verdict
+from farm.db import engine, transaction
 from farm.settings import settings
+from farm.storage import image_key, open_store
+from farm.storage.local import LocalStore
 from tests.factories import ask, one, violations
 from workers.encode import read_metadata, versions
 from workers.gpu import limit_threads
@@ -131,6 +138,8 @@ def test_the_same_frame_once_more_is_the_same_image_and_is_charged_as_rendered(
         "of": frame["id"],
         "same_pixels": True,
         "same_file": True,
+        "largest_difference": 0,
+        "pixels_differing": 0,
         "versions": [],
     }
 
@@ -157,8 +166,80 @@ def test_a_rerender_by_other_versions_says_which_and_whether_pixels_differ(
         "of": frame,
         "same_pixels": False,
         "same_file": False,
+        "largest_difference": None,  # of the first there is no file
+        "pixels_differing": None,
         "versions": [{"name": "torch", "before": "1.0", "now": versions()["torch"]}],
     }
+
+
+@pytest.fixture
+def told_apart(
+    api: TestClient, render: Render, store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int, int], dict[str, Any]]:
+    """Render a frame again whose first image had so many pixels that many levels off; what its provenance says."""
+
+    def repeat(pixels: int, levels: int) -> dict[str, Any]:
+        job = submitted(api)
+        render()
+        frame, picture = frame_of(api, job)["id"], api.get(f"/v1/jobs/{job}/frames/0/image").content
+        image = Image.open(BytesIO(picture)).convert("RGB")
+        for x in range(pixels):
+            red, green, blue = image.getpixel((x, 1))  # type: ignore[misc]
+            image.putpixel((x, 1), (red, green, blue + levels if blue < 128 else blue - levels))
+        file = BytesIO()
+        image.save(file, "PNG")
+        digest = hashlib.sha256(file.getvalue())
+        (row,) = ask("SELECT id, account_id FROM images")
+        key = image_key(row.account_id, digest.digest(), "png")
+        open_store(store_url).put(key, file.getvalue(), content_type="image/png")
+        ask(
+            "UPDATE images SET sha256 = :sha256, pixel_sha256 = sha256('others'), key = :key WHERE id = :id",
+            sha256=digest.digest(), key=key, id=row.id,
+        )  # fmt: skip
+        again = api.post(f"/v1/frames/{frame}/rerender").json()["id"]
+        render()
+        return provenance(api, frame_of(api, again)["id"])
+
+    return repeat
+
+
+@pytest.mark.parametrize(
+    ("pixels", "levels", "said", "same"),
+    [(3, 1, "the same picture as", True), (2, 2, "OTHER PIXELS than", False)],
+)
+def test_a_rerender_says_how_far_its_pixels_are_from_the_first(
+    told_apart: Callable[[int, int], dict[str, Any]], pixels: int, levels: int, said: str, same: bool
+) -> None:
+    told = told_apart(pixels, levels)
+
+    again = told["rerender"]
+    assert (again["same_pixels"], again["same_file"]) == (False, False)
+    assert (again["pixels_differing"], again["largest_difference"]) == (pixels, levels)
+    found = Provenance.model_validate(told)
+    assert _verdict(found).startswith(f"{said} {again['of']}")
+    assert found.rerender is not None
+    assert _is_same(found.rerender) is same
+
+
+def test_images_are_compared_without_a_connection_and_only_if_their_pixels_differ(
+    told_apart: Callable[[int, int], dict[str, Any]], api: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # given
+    held: list[int] = []
+    get = LocalStore.get
+
+    def watched(store: LocalStore, key: str) -> bytes:
+        held.append(engine().pool.checkedout())  # type: ignore[attr-defined]
+        return get(store, key)
+
+    # when
+    told = told_apart(1, 1)
+    monkeypatch.setattr(LocalStore, "get", watched)
+    assert provenance(api, told["frame"]) == told
+    assert provenance(api, told["rerender"]["of"])["rerender"] is None
+
+    # then
+    assert held == [0, 0]
 
 
 def test_a_reused_image_tells_what_made_it_and_is_marked(api: TestClient, render: Render) -> None:

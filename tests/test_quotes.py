@@ -271,6 +271,74 @@ def test_start_and_end_follow_from_the_queue_and_the_pace_of_the_last_hour(books
     assert quoted.ends - quoted.starts == timedelta(seconds=2)
 
 
+def expected_wait(caller: Caller) -> float:
+    """Seconds until a job of one frame is expected to start."""
+    quoted = quote(caller, seed=999)
+    assert quoted.starts is not None
+    return (quoted.starts - (quoted.expires_at - timedelta(seconds=900))).total_seconds()
+
+
+def half_a_second_a_frame(*models: str) -> None:
+    """Let a frame of 512 × 512 in 4 steps have taken half a second of late, and one worker be there."""
+    caller = account("before")
+    for name in models:
+        submit(caller, 4, model=name)
+        settle(must_claim(models=[name]))
+        took(2000, model=name)
+    add_worker("one", *models)
+
+
+def test_what_is_ahead_counts_by_its_work(books: str) -> None:
+    # given two frames of four times the pixels and five times the steps, and a job of sizes that take turns
+    caller = account()
+    half_a_second_a_frame("alpha")
+    submit(account("large"), 2, width=1024, height=1024, steps=20, seed=100)
+    large = expected_wait(caller)
+    with transaction() as db:
+        specs = [{**SPEC, "steps": 4 if n % 2 else 8, "seed": n} for n in range(400)]
+        submissions.submit(db, account("both"), Submission(specs=specs, reuse=False), models=CATALOG)
+
+    # then
+    assert abs(large - 2 * 4 * 5 * 0.5) < 1
+    assert abs(expected_wait(caller) - large - 400 * 1.5 * 0.5) < 20
+
+
+def test_a_job_of_several_models_counts_by_its_keys(books: str) -> None:
+    # given
+    caller = account()
+    half_a_second_a_frame("alpha", "beta")
+    specs = [{**SPEC, "count": 3}, {**SPEC, "count": 2, "steps": 8}, {**SPEC, "model": "beta", "count": 5}]
+    with transaction() as db:
+        submissions.submit(db, account("both"), Submission(specs=specs, reuse=False), models=CATALOG)
+
+    # then
+    assert abs(expected_wait(caller) - (3 + 2 * 2 + 5) * 0.5) < 0.5
+
+
+def test_what_is_on_a_device_counts_half_whatever_its_priority(books: str) -> None:
+    # given a job of 8 frames less urgent, of which 4 are on a device
+    caller = account()
+    half_a_second_a_frame("alpha")
+    submit(account("bulk"), 8, priority=1, seed=100)
+    must_claim(frames=4)
+
+    # then
+    assert abs(expected_wait(caller) - 4 * 0.5 / 2) < 0.5
+
+
+def test_what_waits_for_an_equal_frame_is_no_work(books: str) -> None:
+    # given
+    caller = account()
+    half_a_second_a_frame("alpha")
+    with transaction() as db:
+        sent = Submission(specs=[{**SPEC, "prompt": "a dog"}] * 20, reuse=True)
+        submissions.submit(db, account("same"), sent, models=CATALOG)
+
+    # then
+    assert one("SELECT count(*) FROM frames WHERE status = 'waiting'") == 19
+    assert abs(expected_wait(caller) - 0.5) < 0.5
+
+
 def test_one_pack_is_one_workers_work(books: str) -> None:
     caller = account()
     submit(caller, 4)

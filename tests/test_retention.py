@@ -39,7 +39,7 @@ from tests.factories import (
     until_blocked,
     violations,
 )
-from workers.shelf import settle_revived
+from workers.revived import settle_revived
 
 CHORE = {chore.name: chore for chore in sweep.CHORES}
 
@@ -402,13 +402,16 @@ def again(caller: Caller, content: bytes) -> tuple[UUID, StoredFrame]:
 
 
 def settle_again(image: StoredFrame) -> queue.Settled:
-    """As the shelf does."""
+    """As the shelf of a worker does that drains."""
     try:
         with transaction() as db:
             return queue.settle(db, [image])
     except IntegrityError:
         with transaction() as db:
-            return settle_revived(db, [image], gpu_ms={})
+            settled, refused = settle_revived(db, [image], gpu_ms={})
+            if refused:
+                queue.release(db, [image.pack_id], frames=[image.frame_id])
+            return settled
 
 
 def test_an_image_that_was_deleted_comes_back_when_its_bytes_are_rendered_anew(
@@ -469,7 +472,7 @@ def test_a_frame_whose_file_the_purge_may_take_is_given_back_and_not_billed(
     assert (root / image.key).exists()
 
 
-def test_the_frames_beside_one_that_is_given_back_are_booked(books: str, root: Path) -> None:
+def test_the_frames_beside_one_that_may_not_be_booked_yet_are_booked(books: str, root: Path) -> None:
     caller = account()
     job, _ = rendered(caller, b"picture")
     delete(caller, job)
@@ -480,10 +483,10 @@ def test_the_frames_beside_one_that_is_given_back_are_booked(books: str, root: P
     pair = [*stored(pack, [first], content=b"picture"), *stored(pack, [second])]
 
     with transaction() as db:
-        settled = settle_revived(db, pair, gpu_ms={})
+        settled, refused = settle_revived(db, pair, gpu_ms={})
 
-    assert settled.done == {second.id}
-    assert statuses(new) == ["queued", "done"]
+    assert (settled.done, refused) == ({second.id}, {pair[0].key})
+    assert statuses(new) == ["claimed", "done"]
     assert one("SELECT count(*) FROM usage WHERE job_id = :job", job=new) == 1
 
 
@@ -591,7 +594,7 @@ def test_what_lives_again_for_a_frame_that_was_lost_is_buried_again(books: str, 
     with transaction() as db:
         queue.reclaim(db)
     with transaction() as db:
-        settled = settle_revived(db, [same], gpu_ms={})
+        settled, _ = settle_revived(db, [same], gpu_ms={})
 
     # then
     assert settled.done == frozenset()

@@ -2,20 +2,24 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pytest
 from sqlalchemy import text
 
-from farm import queue
+from farm import jobs, queue, retention, sweep
+from farm.accounts import Caller
 from farm.db import transaction
-from farm.queue import Settled, StoredFrame
+from farm.queue import ClaimedPack, Settled, StoredFrame
 from farm.settings import settings
 from farm.storage import open_store
-from tests.factories import account, model, must_claim, one, submit, until_blocked
+from tests.factories import account, ask, claim, model, must_claim, one, statuses, submit, until_blocked
+from workers import revived
 from workers.leases import Leases
 from workers.shelf import Shelf
 
@@ -39,7 +43,7 @@ def test_what_is_stored_while_others_are_settled_is_settled_with_the_next(
     submit(account(), 5)
     packs = [must_claim(frames=count) for count in (1, 2, 2)]
     leases, store = Leases("a"), open_store(tmp_path.as_uri())
-    shelf = Shelf(store, leases, reached=lambda _: None, quit_now=threading.Event())
+    shelf = Shelf(store, leases, reached=lambda _: None, drain=threading.Event(), quit_now=threading.Event())
 
     def put(number: int) -> None:
         pack = packs[number]
@@ -62,3 +66,133 @@ def test_what_is_stored_while_others_are_settled_is_settled_with_the_next(
     # then
     assert settled == expected
     assert shelf.done == one("SELECT count(*) FROM frames WHERE status = 'done'") == 5
+
+
+# ------------------------------------------------------------------------------------------------ deleted just now
+
+
+def until(fact: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not fact():
+        assert time.monotonic() < deadline, "it does not come about"
+        time.sleep(0.01)
+
+
+def picture_of(shelf: Shelf, pack: ClaimedPack, shade: int = 7) -> None:
+    pixels = [np.full((f.spec.height, f.spec.width, 3), shade, np.uint8) for f in pack.frames]
+    shelf.put(pack, model("alpha"), pack.frames, pixels, gpu_ms=9)
+
+
+@dataclass
+class Farm:
+    """A shelf, and an image that a frame had and that was deleted since; its file is about to go."""
+
+    caller: Caller
+    shelf: Shelf
+    leases: Leases
+    drain: threading.Event
+    root: Path
+    key: str
+
+    def same_again(self) -> tuple[UUID, ClaimedPack]:
+        """A frame that is rendered to the deleted image, and met its tombstone."""
+        job = submit(self.caller)
+        pack = must_claim()
+        self.leases.hold(pack.id)
+        picture_of(self.shelf, pack)
+        self.leases.drop(pack.id)
+        until(lambda: self.shelf._waiting._kept)
+        return job, pack
+
+
+@pytest.fixture
+def deleted(books: str, store_url: str) -> Farm:
+    leases, drain = Leases("a"), threading.Event()
+    store = open_store(store_url)
+    shelf = Shelf(store, leases, reached=lambda _: None, drain=drain, quit_now=threading.Event())
+    caller = account()
+    job = submit(caller)
+    picture_of(shelf, must_claim())
+    shelf.drain()
+    with transaction() as db:
+        queue.finish(db, [job])
+    with transaction() as db:
+        retention.delete_images(db, caller.account_id, job)
+    do("clear")
+    root = Path(store_url.removeprefix("file://"))
+    return Farm(caller, shelf, leases, drain, root, str(one("SELECT key FROM images")))
+
+
+def do(name: str) -> None:
+    sweep.do(next(chore for chore in sweep.CHORES if chore.name == name))
+
+
+def test_an_image_that_was_deleted_just_now_is_rendered_once_and_stored_when_no_delete_can_take_it(
+    deleted: Farm,
+) -> None:
+    # given
+    new, pack = deleted.same_again()
+
+    # then it is nobody else's meanwhile, holds up no other and no burst, and its file goes
+    assert (statuses(new), claim()) == (["claimed"], None)
+    assert not deleted.shelf.is_full(1)
+    deleted.shelf.drain()
+    other = submit(deleted.caller)
+    picture_of(deleted.shelf, must_claim(), shade=8)
+    deleted.shelf.drain()
+    assert (statuses(other), statuses(new)) == (["done"], ["claimed"])
+    do("purge")
+    assert not (deleted.root / deleted.key).exists()
+    time.sleep(1.5)  # it was looked at meanwhile
+    assert statuses(new) == ["claimed"]
+
+    # when
+    ask("UPDATE images SET purged_at = purged_at - interval '2 min' WHERE purged_at IS NOT NULL")
+    until(lambda: statuses(new) == ["done"])
+
+    # then
+    assert (deleted.root / deleted.key).exists()
+    assert one("SELECT count(*) FROM usage WHERE job_id = :job", job=new) == 1
+    assert one("SELECT gpu_ms FROM packs WHERE id = :pack", pack=pack.id) == 9
+    assert one("SELECT count(*) FROM packs") == 3
+    until(lambda: not deleted.leases._holds and not deleted.shelf._gpu_ms)
+
+
+def test_a_drain_gives_back_at_once_what_waits_to_be_stored(deleted: Farm) -> None:
+    # given
+    new, _ = deleted.same_again()
+
+    # when
+    deleted.drain.set()
+    deleted.shelf.drain()
+
+    # then without blame
+    assert statuses(new) == ["queued"]
+    assert ask("SELECT attempts, suspect FROM frames WHERE job_id = :job", job=new) == [(0, False)]
+    assert deleted.shelf._kept == 0
+    assert not deleted.leases._holds
+
+
+def test_what_waits_to_be_stored_and_is_cancelled_ends(deleted: Farm) -> None:
+    # given
+    new, _ = deleted.same_again()
+
+    # when
+    with transaction() as db:
+        jobs.cancel(db, deleted.caller.account_id, new)
+
+    # then
+    until(lambda: statuses(new) == ["cancelled"])
+    assert one("SELECT count(*) FROM usage WHERE job_id = :job", job=new) == 0
+
+
+def test_beyond_what_fits_into_memory_a_frame_goes_back(
+    deleted: Farm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revived, "MOST_BYTES", 10)
+    new = submit(deleted.caller)
+    picture_of(deleted.shelf, must_claim())
+    deleted.shelf.drain()
+
+    assert statuses(new) == ["queued"]
+    assert deleted.shelf._kept == 0

@@ -17,6 +17,7 @@ from farm.accounts import Caller, Role
 from farm.catalog import catalog
 from farm.db import transaction
 from farm.embedded.postgres import Postgres
+from farm.settings import settings
 
 ROOT = Path(__file__).parent.parent
 PACK = catalog()["starter"].pack.frames
@@ -158,6 +159,44 @@ def test_a_child_that_replaces_another_leaves_an_admins_draining_alone(database,
 
         await_that(lambda: ask(started) > before)
         assert ask("SELECT count(*) FROM workers WHERE state = 'draining'") == 1
+
+
+def test_what_a_killed_child_had_in_hand_comes_back_before_its_lease_ends(database, tmp_path):
+    with node(tmp_path, step_s=0.03) as process:
+        os.kill(youngest_child(process.pid), signal.SIGKILL)
+
+        await_that(lambda: ask("SELECT count(*) FROM packs WHERE lease_until < clock_timestamp()") > 0)
+        with transaction() as session:
+            assert queue.reclaim(session) == 1
+        assert frames() == {"queued": FRAMES}
+        took = ask("SELECT extract(epoch FROM closed_at - claimed_at) FROM packs WHERE outcome = 'lost'")
+        assert took < settings().lease_s
+
+
+def test_a_drained_worker_claims_nothing_until_it_is_resumed(database, tmp_path):
+    with node(tmp_path, step_s=0.03) as process:
+        # when drained, and a token lay there
+        with transaction() as session:
+            session.execute(text("UPDATE workers SET state = 'draining'"))
+        await_line(tmp_path, "'outcome': 'drained'")
+        tokens.send("starter", priority=5)
+        await_that(lambda: (tmp_path / "node.log").read_text().count("'outcome': 'drained'") > 1)
+
+        # then
+        assert ask("SELECT count(*) FROM packs WHERE closed_at IS NULL") == 0
+        left = frames()["queued"]
+        assert left > 0
+
+        # when resumed: the next token finds its old process drained, the one after that a new one
+        with transaction() as session:
+            session.execute(text("UPDATE workers SET state = 'up'"))
+        before = youngest_child(process.pid)
+        tokens.send("starter", priority=5)
+        await_that(lambda: youngest_child(process.pid) not in (before, process.pid))
+        tokens.send("starter", priority=5)
+
+        await_that(lambda: frames().get("done") == FRAMES)
+    assert audit() == []
 
 
 def youngest_child(pid: int) -> int:

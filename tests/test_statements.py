@@ -452,7 +452,22 @@ def test_a_statement_as_csv_adds_up_to_its_total(books: str, asking: Asking) -> 
         ("acme", "alpha", "0.0032", "3", "0.01"),
         ("acme", "flat", "0.37", "1", "0.37"),
     ]
+    assert [(r["quantity"], r["unit"]) for r in rows] == [(str(3 << 20), "pixel-step"), ("1", "image")]
     assert str(sum(Decimal(r["amount"]) for r in rows)) == asking(mine).json()["total"] == "0.38"
+
+
+def test_a_line_of_the_page_can_be_worked_out_from_its_quantity(books: str, asking: Asking) -> None:
+    # given a quantity that is no thousandth of a megapixel-step
+    acme = account()
+    used(acme, 1, at=IN_LAST, width=520, height=504)
+
+    page = asking(as_(acme, Role.READ), format="html").text
+
+    assert 520 * 504 * 4 == 1_048_320
+    assert "1.000" in page
+    assert "1,048,320 pixel-steps" in page
+    assert Decimal(1_048_320) * Decimal("0.0032") / (1 << 20) == Decimal("0.00319921875")
+    assert "0.00319921875 before rounding" in page
 
 
 def test_a_statement_is_a_page_that_needs_nothing_from_elsewhere(books: str, asking: Asking) -> None:

@@ -955,6 +955,26 @@ def test_an_examination_says_what_the_store_can_do_and_leaves_nothing(store: Sto
     assert list(store.list()) == []
 
 
+@pytest.mark.parametrize("fault", [SLOW_DOWN, half_an_answer], ids=["503", "cut"])
+def test_a_signed_url_that_is_not_answered_at_first_is_fetched_again(
+    behind: S3Store, proxy: Proxy, fault: Fault
+) -> None:
+    refused: list[str] = []
+
+    def once_each(request: Passing, body: bytes) -> None:
+        signed = "X-Amz-Signature=" in request.path and request.path not in refused
+        if signed:
+            refused.append(request.path)
+        (fault if signed else nothing)(request, body)
+
+    proxy.will(*[once_each] * 200)
+
+    found = {f.what: f.state for f in examine(behind)}
+
+    assert found["signed URLs"] == "ok"
+    assert len(refused) == 2  # the signed one, and the forged one
+
+
 @pytest.mark.parametrize("puts_before", [0, 1])
 def test_a_store_that_keeps_the_checksum_with_the_bytes_is_refused(
     behind: S3Store, proxy: Proxy, puts_before: int

@@ -10,7 +10,7 @@ import kombu
 import pytest
 from redis import Redis as RedisClient
 
-from farm import tokens
+from farm import queue, tokens
 from farm.db import transaction
 from farm.embedded.process import free_port
 from farm.embedded.redis import Redis
@@ -185,6 +185,29 @@ def test_a_worker_whose_lease_ran_out_counts_as_idle(books: str) -> None:
     assert top_up() == 0
 
     ask("UPDATE packs SET lease_until = clock_timestamp() - interval '1 s'")
+
+    assert top_up() == 1
+
+
+def test_a_worker_that_was_started_again_counts_as_idle(books: str) -> None:
+    # given its process died with a pack in hand
+    submit(account(), 40)
+    add_worker("a", "alpha")
+    must_claim("a")
+
+    ask("UPDATE workers SET started_at = clock_timestamp()")
+
+    assert top_up() == 1
+
+
+def test_a_worker_whose_pack_is_off_the_device_counts_as_idle(books: str) -> None:
+    # given what it rendered waits until it may be stored
+    submit(account(), 40)
+    add_worker("a", "alpha")
+    pack = must_claim("a")
+
+    with transaction() as db:
+        queue.off_device(db, {pack.id: 12})
 
     assert top_up() == 1
 

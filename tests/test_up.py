@@ -165,6 +165,20 @@ def test_a_process_that_dies_is_started_again(farm: Up) -> None:
     assert farm.find("farm.cli", "sweep").pid != sweep.pid
 
 
+@pytest.mark.parametrize(("server", "how"), [("redis-server", signal.SIGKILL), ("postgres", signal.SIGQUIT)])
+def test_so_are_the_servers_and_what_was_accepted_meanwhile_goes_through(
+    farm: Up, server: str, how: signal.Signals
+) -> None:
+    [dead] = [p for p in psutil.Process(farm.process.pid).children() if p.name() == server]
+    dead.send_signal(how)
+    psutil.wait_procs([dead], timeout=PATIENCE_S)
+
+    tries = (farm.farm("submit", "a red circle", *(["--watch"] * WORKERS)) for _ in range(20))
+    sent = next(s for s in tries if s.returncode == 0)
+
+    assert ("1 of 1 done" if WORKERS else "accepted: 1 image") in sent.stdout
+
+
 def test_after_a_sigkill_nothing_lives_on_and_the_next_start_has_everything(data: Path, farm: Up) -> None:
     accepted = farm.farm("submit", "a green star", "--json")
     everything, key = farm.all(), farm.env["FARM_API_KEY"]

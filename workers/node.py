@@ -15,7 +15,7 @@ from celery import Celery, Task
 from celery.signals import worker_process_init, worker_ready, worker_shutting_down
 from sqlalchemy import text
 
-from farm import tokens
+from farm import queue, tokens
 from farm.catalog import Model, catalog
 from farm.db import transaction
 from farm.errors import FarmError
@@ -120,10 +120,15 @@ class Node:
         if self._worker.device_lost:
             log.error("the device is lost: this process ends, and Celery starts another")
             os._exit(70)
+        if self._worker.outlived:
+            log.info("no longer drained: this process ends, and Celery starts another")
+            os._exit(70)
 
     def _register(self, device: str) -> None:
         try:
             with transaction() as db:
+                if self._replaces:  # nobody else works under this name: what it had in hand is lost
+                    queue.lapse(db, self.name)
                 db.execute(text(REGISTER), {**self._row, "device": device, "replaces": self._replaces})
         except FarmError as e:
             log.warning("not registered yet: %s", e)

@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import cast
 
+from sqlalchemy import select
+
 from farm import queue, tokens
 from farm.catalog import Model, PackLimit
 from farm.db import Db
@@ -20,6 +22,7 @@ from farm.ids import public
 from farm.queue import ClaimedFrame, ClaimedPack
 from farm.settings import settings
 from farm.storage import open_store
+from farm.tables import Worker as Row
 from workers import gpu
 from workers.ailing import note, remembered
 from workers.books import book, book_directly
@@ -109,6 +112,7 @@ class Worker:
         self._stop = Stop()
         self._turns = Turns()
         self.device_lost = False
+        self.outlived = False  # its drain was taken back
         self._leases = Leases(name)
         self._progress = Progress()
         self._claims = ThreadPoolExecutor(1, thread_name_prefix="claim")
@@ -118,6 +122,7 @@ class Worker:
             store,
             self._leases,
             reached=lambda point: reached(point),  # noqa: PLW0108 - looked up when called
+            drain=self._stop.drain,
             quit_now=self._stop.quit,
         )
         self._checkpoints = Checkpoints()
@@ -138,6 +143,7 @@ class Worker:
     def burst(self, tell: Callable[[Report], None]) -> Report:
         """Claim pack after pack until there is no work, the time is up or the worker drains."""
         report, until = Report(self.pool), time.monotonic() + settings().burst_s
+        self._hear_admin()
         pack = self._claim()
         while pack is not None:
             if self._models[pack.model].engine == "step":
@@ -155,6 +161,16 @@ class Worker:
         self._shelf.drain()
         tell(report)
         return report
+
+    def _hear_admin(self) -> None:
+        """Drain if an admin says so. Once that is taken back, this process has to be replaced: it gave all up."""
+        state = book(
+            lambda db: db.scalar(select(Row.state).where(Row.id == self.name)), give_up=self._stop.drain
+        )
+        if state == "draining":
+            self._leases.drain.set()
+        elif self._leases.drain.is_set():
+            self.outlived = True
 
     def _why_over(self, until: float) -> str:
         if self.device_lost:

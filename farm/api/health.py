@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from farm.errors import DatabaseAway
 from farm.settings import settings
 from migrations import config
 
@@ -51,7 +52,9 @@ async def ready(request: Request) -> JSONResponse:
         redis=request.app.state.progress.state,
         store=request.app.state.store,
     )
-    return JSONResponse(state.model_dump(), 200 if state.ready else 503)
+    if not state.ready:
+        return JSONResponse(state.model_dump(), 503, headers={"Retry-After": str(DatabaseAway.retry_after_s)})
+    return JSONResponse(state.model_dump())
 
 
 async def _database() -> str:

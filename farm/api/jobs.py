@@ -35,7 +35,7 @@ class Change(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra={"minProperties": 1})
 
     priority: PriorityNumber | None = Field(
-        None, description="0 to 9, 9 most urgent; or urgent, standard, bulk"
+        None, description="0 to 9, 9 most urgent; or urgent, standard, bulk; null: as it is"
     )
     start_after: control.Moment | None = Field(
         None, description="no frame is handed out before; null: from now on"

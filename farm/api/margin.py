@@ -46,16 +46,17 @@ def _share(share: Share) -> answers.MarginShare:
         reversed=share.reversed,
         revenue={currency: pricing.shown(amount) for currency, amount in share.revenue.items()},
         gpu_s=_seconds(share.gpu_us),
+        gpu_s_by_currency={c: _seconds(gpu_us) for c, gpu_us in share.gpu_us_by_currency.items()},
         undelivered_s=_seconds(share.undelivered_us),
-        per_gpu_hour=_per_hour(share.revenue, share.gpu_us),
+        per_gpu_hour=_per_hour(share.revenue, share.gpu_us_by_currency),
     )
 
 
-def _per_hour(revenue: Mapping[str, Decimal], gpu_us: int) -> dict[str, str]:
+def _per_hour(revenue: Mapping[str, Decimal], gpu_us: Mapping[str, int]) -> dict[str, str]:
     """A figure to compare by, not an amount: rounded to a cent."""
-    if not gpu_us:
-        return {}
-    return {c: f"{(amount * HOUR_US / gpu_us).quantize(CENT):f}" for c, amount in revenue.items()}
+    return {
+        c: f"{(amount * HOUR_US / gpu_us[c]).quantize(CENT):f}" for c, amount in revenue.items() if gpu_us[c]
+    }
 
 
 def _time(pool: PoolTime) -> answers.PoolTime:

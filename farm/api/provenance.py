@@ -1,10 +1,12 @@
 """What an image was made of, and making it once more."""
 
 import hashlib
+from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
 
 from farm import answers, ids, jobs, provenance, tokens
+from farm.accounts import Caller
 from farm.api import shown
 from farm.api.auth import Reader, Submitting
 from farm.api.params import FrameId, IdempotencyHeader, Index, JobId, checked_key, job_id
@@ -12,8 +14,10 @@ from farm.api.problems import documented
 from farm.api.shown import Around
 from farm.db import transaction
 from farm.ids import public
-from farm.provenance import Comparison, Origin
+from farm.provenance import Comparison, Difference, Origin
+from farm.settings import settings
 from farm.spec import Spec
+from farm.storage import open_store
 
 router = APIRouter(prefix="/v1", tags=["frames"])
 
@@ -23,17 +27,13 @@ VERSIONS = ("farm", "diffusers", "torch")
 @router.get("/frames/{frame}/provenance", responses=documented(404))
 def show_provenance(caller: Reader, frame: FrameId) -> answers.Provenance:
     """What made a frame's image, by the frame's id; of a rerender also whether it is the same."""
-    with transaction() as db:
-        origin = provenance.find(db, caller.account_id, ids.parse("frm", frame))
-        return _shown(origin, provenance.compare(db, origin))
+    return _found(caller, ids.parse("frm", frame))
 
 
 @router.get("/jobs/{job}/frames/{index}/provenance", responses=documented(404, 422))
 def show_provenance_of_job(caller: Reader, job: JobId, index: Index) -> answers.Provenance:
     """What made a frame's image, by job and index."""
-    with transaction() as db:
-        origin = provenance.find(db, caller.account_id, ids.frame_id(job_id(job), index))
-        return _shown(origin, provenance.compare(db, origin))
+    return _found(caller, ids.frame_id(job_id(job), index))
 
 
 @router.post(
@@ -71,7 +71,16 @@ def rerender_frame(
     return answer
 
 
-def _shown(origin: Origin, compared: Comparison | None) -> answers.Provenance:
+def _found(caller: Caller, frame_id: UUID) -> answers.Provenance:
+    with transaction() as db:
+        origin = provenance.find(db, caller.account_id, frame_id)
+        compared = provenance.compare(db, origin)
+    store = open_store(settings().storage_url.get_secret_value())
+    apart = None if compared is None else provenance.measure(store, compared)
+    return _shown(origin, compared, apart)
+
+
+def _shown(origin: Origin, compared: Comparison | None, apart: Difference | None) -> answers.Provenance:
     frame, image, engine = origin.frame, origin.image, origin.engine or {}
     return answers.Provenance(
         frame=public("frm", frame.id),
@@ -96,6 +105,8 @@ def _shown(origin: Origin, compared: Comparison | None) -> answers.Provenance:
             of=public("frm", compared.of.frame.id),
             same_pixels=compared.same_pixels,
             same_file=compared.same_file,
+            largest_difference=apart and apart.largest,
+            pixels_differing=apart and apart.pixels,
             versions=[
                 answers.VersionChange(name=name, before=before, now=now)
                 for name, (before, now) in compared.versions.items()

@@ -134,7 +134,8 @@ def _quantity(line: Line) -> str:
     if line.method != Method.MPX_STEP:
         return f"{line.quantity:,}{_under(UNITS.get(line.method, line.method) + 's')}"
     steps = Decimal(line.quantity) * pricing.FACTOR[Method.MPX_STEP]
-    return f"{steps:,.3f}{_under('megapixel-steps')}"
+    exact = f"{line.quantity:,} pixel-steps"
+    return f"{steps:,.3f}{_under('megapixel-steps')}{_under(exact)}"
 
 
 def _exactly(line: Line) -> str:
@@ -149,10 +150,10 @@ def _money(amount: Decimal, bill: Bill) -> str:
 
 def _notes(bill: Bill) -> str:
     notes = [
-        "Only delivered images are charged. A megapixel is 1024 × 1024 pixels; a megapixel-step is one of its "
-        "denoising steps.",
-        "Each line is its quantity at its rate, exactly, and rounded once; lines add up to the total, which is "
-        "the exact sum rounded.",
+        "Only delivered images are charged. A pixel-step is one denoising step of one pixel; a megapixel-step is "
+        "1024 × 1024 of them, and is shown rounded.",
+        "Each line is its images, or its pixel-steps, at its rate, exactly, and rounded once; lines add up to the "
+        "total, which is the exact sum rounded.",
     ]
     if bill.status is not Status.CLOSED:
         notes.insert(0, "This is a draft: the month is not closed, and amounts may still change.")

@@ -15,12 +15,18 @@ from farm.api.auth import Admin, Reader
 from farm.api.bodies import Body, described, read
 from farm.api.params import OfAccount
 from farm.api.problems import documented
+from farm.catalog import Method
 from farm.db import transaction
 from farm.statements import Bill, Line
 
 router = APIRouter(prefix="/v1/statements", tags=["usage"])
 
 CLOSING_S = 5.0  # how long one call goes on closing
+UNITS: dict[str, str] = {
+    Method.MPX_STEP: "pixel-step",
+    Method.IMAGE: "image",
+    Method.REUSE: "reused image",
+}  # of a quantity
 TEXT = {"schema": {"type": "string"}}
 FORMATS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": TEXT, "text/html": TEXT}}}
 HEADERS = {
@@ -141,18 +147,20 @@ def _line(line: Line) -> answers.StatementLine:
     )
 
 
-COLUMNS = ("model", "method", "rate", "frames", "reversed", "late", "quantity", "exact", "amount")
+COLUMNS = ("model", "method", "rate", "frames", "reversed", "late", "quantity")
+AMOUNTS = ("exact", "amount")
 
 
 def _csv(bill: Bill) -> str:
-    """One row a line; account, month, status and currency stand in each."""
+    """One row a line; account, month, status and currency stand in each. unit: of quantity."""
     file = io.StringIO()
     writer = csv.writer(file)
-    writer.writerow(("account", "month", "status", "currency", *COLUMNS))
+    writer.writerow(("account", "month", "status", "currency", *COLUMNS, "unit", *AMOUNTS))
     for line in bill.lines:
         shown = _line(line)
         writer.writerow(
             (bill.account, f"{bill.month:%Y-%m}", bill.status.value, bill.currency,
-             *(getattr(shown, column) for column in COLUMNS))
+             *(getattr(shown, column) for column in COLUMNS), UNITS.get(line.method, line.method),
+             *(getattr(shown, column) for column in AMOUNTS))
         )  # fmt: skip
     return file.getvalue()

@@ -24,7 +24,6 @@ from farm.errors import Fault, Invalid
 from farm.ledger import Entry, HourlyLine, UsageLine
 from farm.settings import settings
 from farm.storage import open_store
-from farm.tables import Image
 
 router = APIRouter(prefix="/v1", tags=["usage"])
 
@@ -138,10 +137,10 @@ def show_hourly_usage(
     """What was used hour by hour, of the last day if no times are given.
 
     A row's id is always the same, so that one sent twice to a meter counts once. Send rows that are final: others may
-    grow.
+    grow. Both times are taken down to the start of their hour, and answered so: a row is always that of a whole hour.
     """
-    end = until or datetime.now(UTC)
-    start = since or end - timedelta(days=1)
+    end = ledger.hour_of(until) if until else ledger.hour_of(datetime.now(UTC)) + ledger.HOUR
+    start = ledger.hour_of(since) if since else end - timedelta(days=1)
     if not timedelta(0) <= end - start <= timedelta(days=MAX_DAYS):
         raise Invalid([Fault("since", start.isoformat(), f"allowed are up to {MAX_DAYS} days before until")])
     with transaction() as db:
@@ -207,30 +206,27 @@ def audit_images(
     caller: Admin,
     after: Annotated[int, Query(ge=0, le=MAX_BIGINT, description="next of the page before")] = 0,
     limit: Annotated[int, Query(ge=1, le=1000, description="images of a page")] = 100,
-    sample: Annotated[
-        int | None, Query(ge=1, le=1000, description="so many at random instead of a page")
+    seed: Annotated[
+        int | None,
+        Query(
+            ge=0, le=MAX_BIGINT, description="pages in an order drawn by it; the same for each page of a run"
+        ),
     ] = None,
 ) -> answers.ImagesAudit:
-    """Read stored images and compare them with the hashes that were booked."""
+    """Read stored images and compare them with the hashes that were booked.
+
+    Oldest first; with a seed at random. Pages that go on from next give no image twice.
+    """
     with transaction() as db:
-        images = (
-            ledger.images_after(db, after, limit=limit)
-            if sample is None
-            else ledger.sampled_images(db, sample)
-        )
+        images = ledger.images_after(db, after, limit=limit, seed=seed)
     found = ledger.audit_images(images, open_store(settings().storage_url.get_secret_value()))
     with transaction() as db:  # an image that was deleted meanwhile is not missing
         kept = {str(i.id) for i in ledger.images_among(db, [int(v.subject) for v in found])}
-    more = sample is None and len(images) == limit
     return answers.ImagesAudit(
         checked=len(images),
         violations=_violations(v for v in found if v.subject in kept),
-        next=_last(images) if more else None,
+        next=images[-1].id if len(images) == limit else None,
     )
-
-
-def _last(images: Iterable[Image]) -> int:
-    return max(image.id for image in images)
 
 
 def _violations(found: Iterable[ledger.Violation]) -> list[answers.Violation]:

@@ -5,10 +5,11 @@ from collections import defaultdict
 from fastapi import APIRouter
 from sqlalchemy import func, select
 
-from farm import answers
+from farm import answers, tokens
 from farm.api.auth import Admin
 from farm.api.problems import documented
 from farm.db import transaction
+from farm.errors import NotFound
 from farm.tables import Ailment, Pack, Worker
 
 router = APIRouter(prefix="/v1/workers", tags=["admin"])
@@ -27,6 +28,37 @@ def list_workers(caller: Admin) -> answers.Workers:
             in_hand[pack.worker].append(pack)
         workers = db.scalars(select(Worker).order_by(Worker.pool, Worker.id)).all()
     return answers.Workers(workers=[_worker(w, in_hand[w.id], ailing[w.id]) for w in workers])
+
+
+@router.post("/{worker}/drain", responses=documented(403, 404))
+def drain_worker(caller: Admin, worker: str) -> answers.Worker:
+    """Have a worker claim nothing more: what it has in hand it finishes within FARM_GRACE_S, or gives back."""
+    return _set(worker, "up", "draining")
+
+
+@router.post("/{worker}/undrain", responses=documented(403, 404))
+def undrain_worker(caller: Admin, worker: str) -> answers.Worker:
+    """Have a drained worker claim again: it is started anew for that."""
+    return _set(worker, "draining", "up")
+
+
+def _set(worker: str, before: str, after: str) -> answers.Worker:
+    with transaction() as db:
+        found = db.get(Worker, worker, with_for_update=True)
+        if found is None:
+            raise NotFound("no such worker", worker=worker)
+        if found.state == before:
+            found.state = after
+        packs = db.scalars(
+            select(Pack).where(Pack.worker == worker, Pack.closed_at.is_(None)).order_by(Pack.id)
+        )
+        ailing = db.scalars(
+            select(Ailment).where(Ailment.worker == worker, Ailment.until > func.clock_timestamp())
+        )
+        answer = _worker(found, list(packs), list(ailing))
+    if after == "up":
+        tokens.wake(answer.models)
+    return answer
 
 
 def _worker(worker: Worker, packs: list[Pack], ailments: list[Ailment]) -> answers.Worker:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from farm.answers import Worker
 from farm.cli import show
 from farm.cli.offline import Offline
 from farm.cli.session import Json, as_admin
@@ -42,6 +43,30 @@ def workers(json: Json = False) -> None:
         for a in w.ailments:
             what = f"no {a.model}" if a.model else "nothing"
             show.say(f"{w.id} claims {what} until {a.until:%H:%M:%S} UTC: {a.reason}")
+
+
+WorkerId = Annotated[str, typer.Argument(metavar="WORKER", help="its id, as `farm workers` lists it")]
+
+
+@app.command()
+def drain(worker: WorkerId, json: Json = False) -> None:
+    """Have a worker claim nothing more; what it has in hand it finishes, or gives back after its grace."""
+    with as_admin() as farm:
+        _show_worker(farm.drain(worker), json)
+
+
+@app.command()
+def undrain(worker: WorkerId, json: Json = False) -> None:
+    """Have a drained worker claim again."""
+    with as_admin() as farm:
+        _show_worker(farm.undrain(worker), json)
+
+
+def _show_worker(worker: Worker, json: bool) -> None:
+    if json:
+        show.as_json(worker)
+    else:
+        show.say(f"{worker.id} is {worker.state}, with {len(worker.packs)} packs in hand")
 
 
 @app.command()

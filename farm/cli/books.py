@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from farm.answers import HourlyLine, MarginShare, Statement
 from farm.cli import show
 from farm.cli.jobs import write
 from farm.cli.session import Json, as_account, as_admin, utc
+from farm.cli.shares import by_currency, longest, rows
 from farm.client import Farm
 from farm.errors import FarmError
 
@@ -72,7 +74,10 @@ def show_usage(ctx: typer.Context, since: Since = None, until: Until = None, jso
 def show_hourly(
     since: Since = None, until: Until = None, account: OfAccount = None, json: Json = False
 ) -> None:
-    """Show usage hour by hour, of the last day if no times are given; --json has ids for meters."""
+    """Show usage hour by hour, of the last day if no times are given; --json has ids for meters.
+
+    Both times are taken down to the start of their hour.
+    """
     with _as(account) as farm:
         used = farm.hourly_usage(since=utc(since), until=utc(until), account=account)
     if json:
@@ -189,12 +194,16 @@ def _statement_table(bill: Statement) -> None:
 
 @statement.command("list")
 def list_statements(
-    account: Annotated[str | None, typer.Argument(metavar="[ACCOUNT]", help="your own if left out")] = None,
+    named: Annotated[str | None, typer.Argument(metavar="[ACCOUNT]", help="your own if left out")] = None,
+    account: OfAccount = None,
     json: Json = False,
 ) -> None:
     """List closed statements, newest first."""
-    with _as(account) as farm:
-        listed = farm.statements(account=account)
+    if named and account and named != account:
+        raise typer.BadParameter(f"{named} is named as well", param_hint="--account")
+    owner = named or account
+    with _as(owner) as farm:
+        listed = farm.statements(account=owner)
     if json:
         show.as_json(listed)
         return
@@ -267,27 +276,33 @@ def margin(
 
 
 def _shares_table(title: str, shares: Sequence[MarginShare]) -> None:
-    most = max((_only(s) for s in shares), default=0.0)
-    longest = max((float(s.gpu_s) for s in shares), default=0.0)
+    """A row for each name and currency; bars are to scale within a currency."""
+    listed = rows(shares)
+    full = {currency: longest(some) for currency, some in by_currency(listed).items()}
+    named: set[str] = set()
+    lines = []
+    for row in listed:
+        most, time = full[row.currency]
+        first = row.share.name not in named
+        named.add(row.share.name)
+        lines.append((
+            *((row.share.name, row.share.frames - row.share.reversed) if first else ("", "")),
+            _amount(row.share.revenue, row.currency), _s(row.gpu_s), _amount(row.share.per_gpu_hour, row.currency),
+            f"{_bar(row.amount, most, '█')}\n{_bar(row.gpu_s, time, '▒')}",
+        ))  # fmt: skip
     show.table(
         (title, ">images", ">revenue", ">GPU s", ">a GPU hour", "█ revenue ▒ GPU time"),
-        [(s.name, s.frames - s.reversed, _amounts(s.revenue), _s(s.gpu_s), _amounts(s.per_gpu_hour),
-          f"{_bar(_only(s), most, '█')}\n{_bar(float(s.gpu_s), longest, '▒')}") for s in shares],
+        lines,
         empty=f"nothing was used, by {title}",
-    )  # fmt: skip
+    )
 
 
-def _amounts(amounts: dict[str, str]) -> str:
-    return "\n".join(f"{amount} {currency}" for currency, amount in amounts.items()) or "–"
+def _amount(amounts: dict[str, str], currency: str) -> str:
+    return f"{amounts[currency]} {currency}" if currency in amounts else "–"
 
 
-def _only(share: MarginShare) -> float:
-    """Revenue as a length; currencies are not added up, the first is drawn."""
-    return max(0.0, float(next(iter(share.revenue.values()), "0")))
-
-
-def _bar(value: float, most: float, block: str, width: int = 32) -> str:
-    return block * max(round(width * value / most), value > 0) if most else ""
+def _bar(value: Decimal, most: Decimal, block: str, width: int = 32) -> str:
+    return block * max(round(width * value / most), value > 0) if most > 0 else ""
 
 
 def _stacked(up: float, delivered: float, undelivered: float, width: int = 40) -> str:
@@ -297,5 +312,5 @@ def _stacked(up: float, delivered: float, undelivered: float, width: int = 40) -
     return "█" * one + "▒" * two + "·" * (width - one - two)
 
 
-def _s(seconds: str) -> str:
+def _s(seconds: str | Decimal) -> str:
     return f"{float(seconds):,.1f}"

@@ -8,6 +8,7 @@ from functools import cache
 from PIL import Image, ImageDraw, ImageFont
 
 from farm.answers import Margin, MarginShare, PoolTime
+from farm.cli.shares import Row, by_currency, longest, rows
 
 SCALE = 2  # for screens with fine pixels
 WIDTH, MARGIN, ROW, HEAD = 1000, 40, 46, 56
@@ -47,18 +48,19 @@ class _Page:
 
 
 def draw(margin: Margin) -> bytes:
-    """A PNG: bars of revenue and of GPU time for each model, pool and account, then what pools' time went to."""
+    """A PNG: bars of revenue and of GPU time for each model, pool and account, by currency; then of pools' time."""
     parts = [("Models", margin.models), ("Pools", margin.pools), ("Accounts", margin.accounts)]
-    rows = sum(max(1, len(shares)) for _, shares in parts) + max(1, len(margin.time))
-    page = _Page(2 * MARGIN + 60 + 4 * HEAD + rows * ROW)
+    panels = [panel for title, shares in parts for panel in _panels(title, shares)]
+    lines = sum(max(1, len(some)) for _, some in panels) + max(1, len(margin.time))
+    page = _Page(2 * MARGIN + 60 + (len(panels) + 1) * HEAD + lines * ROW)
     page.text(MARGIN, page.y, "Revenue and GPU time", size=22)
     page.text(
         MARGIN, page.y + 32, f"{margin.since:%Y-%m-%d %H:%M} to {margin.until:%Y-%m-%d %H:%M} UTC", fill=GREY
     )
     _legend(page)
     page.y += 60
-    for title, shares in parts:
-        _shares(page, title, shares)
+    for title, some in panels:
+        _shares(page, title, some)
     _times(page, margin.time)
     file = io.BytesIO()
     page.image.save(file, "PNG", optimize=True)
@@ -87,22 +89,27 @@ def _head(page: _Page, title: str) -> None:
     page.y += HEAD - 40
 
 
-def _shares(page: _Page, title: str, shares: Sequence[MarginShare]) -> None:
+def _panels(title: str, shares: Sequence[MarginShare]) -> list[tuple[str, list[Row]]]:
+    """One for each currency: a bar of one says nothing beside that of another."""
+    panels = by_currency(rows(shares))
+    if len(panels) <= 1:
+        return [(title, some) for some in panels.values()] or [(title, [])]
+    return [(f"{title}, {currency or 'nothing delivered'}", some) for currency, some in panels.items()]
+
+
+def _shares(page: _Page, title: str, some: Sequence[Row]) -> None:
     _head(page, title)
     left, room = MARGIN + NAME, WIDTH - 2 * MARGIN - NAME - FIGURES
-    most = max((_first(s)[0] for s in shares), default=Decimal(0))
-    longest = max((Decimal(s.gpu_s) for s in shares), default=Decimal(0))
-    for share in shares:
-        amount, currency = _first(share)
-        page.text(MARGIN, page.y + 8, _short(share.name))
-        page.bar(left, page.y + 2, _part(amount, most, room), 13, REVENUE)
-        page.bar(left, page.y + 18, _part(Decimal(share.gpu_s), longest, room), 13, GPU)
-        rate = share.per_gpu_hour.get(currency)
-        page.text(WIDTH - MARGIN, page.y, f"{_money(amount)} {currency}", anchor="ra")
-        took = f"{Decimal(share.gpu_s):,.1f} GPU s" + (f" · {_money(Decimal(rate))} an hour" if rate else "")
-        page.text(WIDTH - MARGIN, page.y + 17, took, fill=GREY, anchor="ra")
+    most, time = longest(some)
+    for row in some:
+        page.text(MARGIN, page.y + 8, _short(row.share.name))
+        page.bar(left, page.y + 2, _part(row.amount, most, room), 13, REVENUE)
+        page.bar(left, page.y + 18, _part(row.gpu_s, time, room), 13, GPU)
+        page.text(WIDTH - MARGIN, page.y, f"{_money(row.amount)} {row.currency}".rstrip(), anchor="ra")
+        hourly = "" if row.rate is None else f" · {_money(row.rate)} an hour"
+        page.text(WIDTH - MARGIN, page.y + 17, f"{row.gpu_s:,.1f} GPU s{hourly}", fill=GREY, anchor="ra")
         page.y += ROW
-    if not shares:
+    if not some:
         _nothing(page)
 
 
@@ -129,15 +136,8 @@ def _nothing(page: _Page) -> None:
     page.y += ROW
 
 
-def _first(share: MarginShare) -> tuple[Decimal, str]:
-    """Currencies are not added up: the first is drawn."""
-    for currency, amount in share.revenue.items():
-        return Decimal(amount), currency
-    return Decimal(0), ""
-
-
 def _part(value: Decimal, most: Decimal, room: int) -> float:
-    return max(0.0, float(value / most) * room) if most else 0.0
+    return max(0.0, float(value / most) * room) if most > 0 else 0.0
 
 
 def _money(amount: Decimal) -> str:

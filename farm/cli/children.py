@@ -1,4 +1,7 @@
-"""The farm's processes as children of `farm up`: started, started again when they die, stopped in order."""
+"""The farm's processes as children of `farm up`: started, started again when they die, stopped in order.
+
+So are the servers of its data folder, before them.
+"""
 
 import logging
 import os
@@ -10,8 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGKILL, SIGTERM, Signals
 
+from farm.embedded import Services
+from farm.errors import Away
+
 BACKOFF_S = (0.5, 1, 2, 5, 10, 30)  # the pause after the first, second, … death in a row
 STEADY_S = 60  # a child that ran this long starts again from the first pause
+SERVERS_S = 2.0  # from one start of a server that died to the next
 LOG_BYTES = 20 << 20  # a longer log is put aside at the next start
 
 log = logging.getLogger(__name__)
@@ -40,8 +47,10 @@ class Child:
 class Children:
     """All of them. hold: a file they keep open, so that its lock lasts as long as any of them lives."""
 
-    def __init__(self, children: Sequence[Child], *, logs: Path, hold: int) -> None:
+    def __init__(self, children: Sequence[Child], services: Services, *, logs: Path, hold: int) -> None:
         self._children = children
+        self._services = services
+        self._servers_due = 0.0
         self._logs = logs
         self._hold = hold
 
@@ -53,6 +62,7 @@ class Children:
 
     def mend(self) -> None:
         """Start what does not run, unless it died just now."""
+        self._mend_servers()
         now = time.monotonic()
         for child in self._children:
             if child.runs:
@@ -61,6 +71,20 @@ class Children:
                 self._note_death(child, now)
             if now >= child.due:
                 self._start(child)
+
+    def _mend_servers(self) -> None:
+        if time.monotonic() < self._servers_due:
+            return
+        try:
+            started = self._services.mend()
+        except Away as e:
+            log.warning("%s", e)
+            started = ["it"]
+        else:
+            for name in started:
+                log.warning("%s had died and was started again", name)
+        if started:
+            self._servers_due = time.monotonic() + SERVERS_S
 
     def stop(self) -> None:
         """Ask each stage to end, wait, and kill what does not."""

@@ -7,7 +7,7 @@ from uuid import UUID
 import typer
 
 from farm import ids
-from farm.answers import Provenance
+from farm.answers import Provenance, Rerender
 from farm.cli import show
 from farm.cli.session import Json, as_account, find
 from farm.client import Farm
@@ -15,6 +15,7 @@ from farm.client import Farm
 app = typer.Typer()
 
 WAIT_S = 0.2
+ROUNDING = 1  # level of 255
 
 FrameArgument = Annotated[
     str, typer.Argument(metavar="FRAME", help="its id, or its job and index: JOB/0, last/3")
@@ -57,7 +58,10 @@ def provenance(frame: FrameArgument, json: Json = False) -> None:
 
 @app.command()
 def rerender(frame: FrameArgument, json: Json = False) -> None:
-    """Render an image once more, at its price, and say whether it is the same. Exits with 1 if not."""
+    """Render an image once more, at its price, and say whether it is the same. Exits with 1 if not.
+
+    One level of 255 in a channel is within rounding: another number of frames was rendered beside it.
+    """
     with as_account() as farm:
         job = farm.rerender(_frame(farm, frame))
         show.complain(f"{job.id} renders it again, for {job.quoted} {job.currency}")
@@ -73,8 +77,14 @@ def rerender(frame: FrameArgument, json: Json = False) -> None:
             if found.rerender
             else f"{again.id} {again.status}: {again.reason}"
         )
-    if found.rerender is None or not found.rerender.same_pixels:
+    if found.rerender is None or not _is_same(found.rerender):
         raise typer.Exit(1)
+
+
+def _is_same(again: Rerender) -> bool:
+    return again.same_pixels or (
+        again.largest_difference is not None and again.largest_difference <= ROUNDING
+    )
 
 
 def _verdict(found: Provenance) -> str:
@@ -85,5 +95,16 @@ def _verdict(found: Provenance) -> str:
         f"{v.name} {v.before or 'unknown'} before, {v.now or 'unknown'} now" for v in again.versions
     )
     file = "the same file" if again.same_file else "another file"
-    pixels = "the same pixels" if again.same_pixels else "OTHER PIXELS"
-    return f"{pixels} as {again.of}, {file}" + (f" ({changes})" if changes else "")
+    return f"{_pixels(again)}, {file}" + (f" ({changes})" if changes else "")
+
+
+def _pixels(again: Rerender) -> str:
+    if again.same_pixels:
+        return f"the same pixels as {again.of}"
+    if again.largest_difference is None:
+        return f"OTHER PIXELS than {again.of}, of which there is no file to compare with"
+    levels = "1 level" if again.largest_difference == 1 else f"up to {again.largest_difference} levels"
+    apart = f"{again.pixels_differing} pixels differ, by {levels} of 255"
+    if _is_same(again):
+        return f"the same picture as {again.of} within rounding: {apart}"
+    return f"OTHER PIXELS than {again.of}: {apart}"

@@ -1,6 +1,7 @@
 """Admin of a farm whose API does not run: the same answers, straight from the database."""
 
 import json
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Self, TypeVar
@@ -225,22 +226,21 @@ class Offline:
 
     def audit_images(self, sample: int | None = None) -> Iterator[ImagesAudit]:
         """As Farm.audit_images(): by FARM_STORAGE_URL."""
-        store, after, last = open_store(settings().storage_url.get_secret_value()), 0, sample is not None
-        while True:
+        store = open_store(settings().storage_url.get_secret_value())
+        seed = None if sample is None else secrets.randbits(63)
+        left, after = sample, 0
+        while left is None or left > 0:
+            limit = IMAGES if left is None else min(left, IMAGES)
             with transaction() as db:
-                rows = (
-                    ledger.images_after(db, after, limit=IMAGES)
-                    if sample is None
-                    else ledger.sampled_images(db, sample)
-                )
+                rows = ledger.images_after(db, after, limit=limit, seed=seed)
             found = ledger.audit_images(rows, store)
             with transaction() as db:  # an image that was deleted meanwhile is not missing
                 kept = {str(i.id) for i in ledger.images_among(db, [int(v.subject) for v in found])}
             wrong = _violations(v for v in found if v.subject in kept)
             yield ImagesAudit(checked=len(rows), violations=wrong, next=None)
-            if last or len(rows) < IMAGES:
+            if len(rows) < limit:
                 return
-            after = rows[-1].id
+            left, after = None if left is None else left - limit, rows[-1].id
 
 
 def _read(body: type[Body], **values: Any) -> Body:

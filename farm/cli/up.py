@@ -86,7 +86,7 @@ def up(
         )
         _write_env(running)
         children = Children(
-            _children(running, api_port, flower_port, workers), logs=data / "logs", hold=hold.fileno()
+            _children(running, api_port, flower_port, workers), found, logs=data / "logs", hold=hold.fileno()
         )
         try:
             children.mend()

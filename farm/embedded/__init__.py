@@ -2,22 +2,51 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from farm.errors import Misconfigured
 from farm.settings import settings
 
 
+class Server(Protocol):
+    """A server process in the data folder."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def runs(self) -> bool: ...
+
+    def start(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Services:
-    """Where the database, the broker and the image store are."""
+    """Where the database, the broker and the image store are. servers: those of them that run here, by name."""
 
     database_url: str
     broker_url: str
     storage_url: str
+    servers: Mapping[str, Server] = field(default_factory=dict)
+
+    def mend(self) -> list[str]:
+        """Start again what died. Returns its names.
+
+        Raises DatabaseAway or BrokerAway if it does not start, Misconfigured if somebody took its port meanwhile:
+        what runs would look for it there.
+        """
+        dead = [name for name, server in self.servers.items() if not server.runs]
+        for name in dead:
+            server = self.servers[name]
+            before = server.url
+            server.start()
+            if server.url != before:
+                raise Misconfigured(f"the port of {name} was taken while it was down: start the farm again")
+        return dead
 
 
 def default_data() -> Path:
@@ -38,6 +67,7 @@ def services(data: Path) -> Iterator[Services]:
     database_url, broker_url, storage_url = (
         url.get_secret_value() for url in (named.database_url, named.broker_url, named.storage_url)
     )
+    servers: dict[str, Server] = {}
     with ExitStack() as stack:
         if not (database_url and broker_url and storage_url):
             data = _open(data, stack)
@@ -48,6 +78,7 @@ def services(data: Path) -> Iterator[Services]:
             stack.callback(postgres.stop)
             postgres.start()
             database_url = postgres.create_database("farm")
+            servers["Postgres"] = postgres
         if not broker_url:
             from farm.embedded.redis import Redis
 
@@ -55,7 +86,8 @@ def services(data: Path) -> Iterator[Services]:
             stack.callback(redis.stop)
             redis.start()
             broker_url = redis.url
-        yield Services(database_url, broker_url, storage_url or (data / "images").as_uri())
+            servers["Redis"] = redis
+        yield Services(database_url, broker_url, storage_url or (data / "images").as_uri(), servers)
 
 
 def _open(data: Path, stack: ExitStack) -> Path:

@@ -76,6 +76,10 @@ class Postgres:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Start it, after stopping what an earlier parent left, and wait until it answers.
 

@@ -22,6 +22,7 @@ natural_time = True
 purge_offline_workers = 3600  # seconds: a pool that was scaled down does not stay on the list
 tasks_columns = "name,args,kwargs,result,state,received,runtime,worker,uuid"
 
+LOST = ("FAILURE", "REVOKED")  # how Celery says that the process died under a task
 MAX_CELL = 60  # characters; a task's own page shows everything
 
 # Flower has no columns of our own; these three of its own carry ours. Only the labels lean on its insides.
@@ -48,6 +49,9 @@ def _shape_render(task: Any) -> None:
     if facts:
         task.kwargs = _done(facts)
         task.result = facts.get("outcome", "rendering")
+        if task.result == "rendering" and task.state in LOST:
+            task.kwargs = f"claimed {task.kwargs}"
+            task.result = "lost: its frames are queued again"
     else:
         task.kwargs = task.result = ""
 

@@ -39,6 +39,7 @@ from farm.storage import (
 )
 
 if TYPE_CHECKING:
+    import httpx
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef, ListObjectsV2OutputTypeDef
 
@@ -392,14 +393,29 @@ class S3Store:
         url = self.url(key, expires_s=60, **asked) or ""
         try:
             with httpx.Client(timeout=self._read_timeout_s) as http:
-                got, forged = http.get(url), http.get(_forged(url))
-        except httpx.TransportError as e:
-            return "no", f"not fetched: {type(e).__name__}"
+                got, forged = self._fetch(http, url), self._fetch(http, _forged(url))
+        except StorageAway as e:
+            return "no", f"not fetched: {e.facts['why']}"
         if got.status_code != 200 or got.content != data:
             return "no", f"answered {got.status_code}"
         if forged.status_code == 200:
             return "no", "a forged signature is taken as well: anybody may read this bucket"
         return "ok", f"a forged one is refused with {forged.status_code}"
+
+    def _fetch(self, http: "httpx.Client", url: str) -> "httpx.Response":
+        """What a URL answers, asked again as long as that may pass."""
+        from httpx import TransportError
+
+        def fetch(_: object) -> "httpx.Response":
+            try:
+                answer = http.get(url)
+            except TransportError as e:
+                raise StorageAway(bucket=self._bucket, why=type(e).__name__) from e
+            if _passes(answer.status_code):
+                raise StorageAway(bucket=self._bucket, why=str(answer.status_code))
+            return answer
+
+        return self._retrying(fetch)
 
     def _try_versions(self, key: str, data: bytes) -> tuple[str, str]:
         self.put(key, data, content_type="application/octet-stream")
@@ -481,7 +497,7 @@ class S3Store:
         why = f"{status} {code}".strip()
         if code == "NoSuchKey":
             return NotFound(key=key)
-        if status in {408, 429} or (status >= 500 and status != 501) or code in _PASSING:
+        if _passes(status) or code in _PASSING:
             return StorageAway(bucket=self._bucket, why=why)
         if code == "NoSuchBucket":
             return self._refused("There is no such bucket.", why)
@@ -533,6 +549,10 @@ def _body(data: bytes) -> bytes | io.BytesIO:
 def _md5(data: bytes) -> str:
     """What the store compares: a body cut on its way is refused, not stored."""
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def _passes(status: int) -> bool:
+    return status in {408, 429} or (status >= 500 and status != 501)
 
 
 def _forged(url: str) -> str:

@@ -148,7 +148,8 @@ def _forget_the_hash() -> None:
         key = f"v1/{frame.account_id.hex}/{frame.id.hex}.png"
         mine = object.__new__(shelf.Shelf)
         mine.__dict__ = {**self.__dict__, "_store": Named(self._store, key)}
-        return replace(keep(mine, entry, model, frame, pixels), key=key)
+        stored, data = keep(mine, entry, model, frame, pixels)
+        return replace(stored, key=key), data
 
     shelf.Shelf._encode_and_put = encode_and_put
     shelf.provenance = lambda *spec, **more: {**provenance(*spec, **more), "made at": str(time.time_ns())}
