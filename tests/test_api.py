@@ -573,7 +573,12 @@ def test_usage_says_what_was_charged(api: TestClient, keys: dict[str, str]) -> N
     assert api.get(f"/v1/usage?job={job}&since=2020-01-01").json()["totals"] == {"USD": "0.0005"}
     assert api.get("/v1/usage?until=2020-01-01T00:00:00Z").json()["totals"] == {}
     assert api.get("/v1/usage", headers=as_(keys["umbrella"])).json()["lines"] == []
-    for bad in ("since=yesterday", "until=0001-01-01T00:00:00%2B23:00", "since=%00"):
+    for bad in (
+        "since=yesterday",
+        "until=0001-01-01T00:00:00%2B23:00",
+        "until=0001-01-01T00:00:00Z",
+        "since=%00",
+    ):
         assert api.get(f"/v1/usage?{bad}").json()["errors"][0]["field"] == bad.partition("=")[0]
     with transaction() as db:
         assert ledger.audit(db) == []

@@ -15,8 +15,9 @@ from farm.api.accounts import find
 from farm.api.auth import Admin
 from farm.api.bodies import Body, described, read
 from farm.api.idempotency import Once
-from farm.api.params import AccountName, KeyId, utc
+from farm.api.params import AccountName, KeyId
 from farm.api.problems import documented
+from farm.control import utc
 from farm.db import transaction
 from farm.tables import Account, ApiKey
 

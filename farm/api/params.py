@@ -1,7 +1,7 @@
 """Path, query and header parameters that several operations share, with their limits."""
 
 import re
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated
 from uuid import UUID
 
@@ -9,6 +9,7 @@ from fastapi import Header, Path, Query
 from pydantic import AfterValidator
 
 from farm import ids
+from farm.control import utc
 from farm.errors import Fault, Invalid, NotFound
 
 MAX_BIGINT = 2**63 - 1
@@ -24,18 +25,17 @@ OfAccount = Annotated[str | None, Query(description="another account's, for admi
 Index = Annotated[int, Path(ge=0, le=ids.MAX_FRAMES - 1, description="of the frame in its job, from 0")]
 
 
-def utc(moment: datetime) -> datetime:
-    """The moment in UTC; without a zone it is."""
-    try:
-        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("allowed are times of the years 1 to 9999") from None
+def _countable(moment: datetime) -> datetime:
+    """In UTC, and so that a month before and after it is a time as well."""
+    if not 1970 <= (found := utc(moment)).year <= 9998:
+        raise ValueError("allowed are times of the years 1970 to 9998")
+    return found
 
 
 Moment = Annotated[
     datetime,
     Query(description="RFC 3339; without a zone it is UTC", examples=["2026-01-31T00:00:00Z"]),
-    AfterValidator(utc),
+    AfterValidator(_countable),
 ]
 IdempotencyHeader = Annotated[
     str | None,

@@ -14,9 +14,10 @@ from farm.api.accounts import named
 from farm.api.auth import Admin, Reader
 from farm.api.bodies import Body, described, read
 from farm.api.idempotency import Once
-from farm.api.params import OfAccount, utc
+from farm.api.params import OfAccount
 from farm.api.problems import documented
 from farm.catalog import Method
+from farm.control import utc
 from farm.db import transaction
 from farm.pricing import DatedPrice
 from farm.tables import Account
