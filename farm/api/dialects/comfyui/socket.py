@@ -60,7 +60,8 @@ async def comfy_socket(socket: WebSocket) -> None:
     try:
         refuse_other_pages(socket)
         key = key_in(socket.headers.get("authorization"))
-        caller = (await socket.app.state.door.find(key)).caller
+        address = socket.client.host if socket.client else ""
+        caller = (await socket.app.state.door.find(key, address=address)).caller
         caller.require(Role.READ)
     except FarmError as e:
         body = {"error": said("unauthorized", e.detail or e.title), "node_errors": {}}
