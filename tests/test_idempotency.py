@@ -166,6 +166,7 @@ BY_NATURE = {
     "/v1/keys/{key}/revoke", "/v1/batches/{batch}/cancel", "/v1/predictions/{prediction}/cancel",
     "/v1/images/variations", "/model/{model_id}/invoke", "/sdapi/v1/interrupt", "/sdapi/v1/options",
     "/prompt", "/queue", "/interrupt", "/history", "/upload/image", "/free",
+    "/v1/workers/{worker}/drain", "/v1/workers/{worker}/undrain",
 }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ class Services:
     database_url: str
     broker_url: str
     storage_url: str
-    servers: Mapping[str, Server] = field(default_factory=dict)
+    servers: Mapping[str, Server] = field(default_factory=dict, compare=False)
 
     def mend(self) -> list[str]:
         """Start again what died. Returns its names.
