@@ -740,13 +740,13 @@ def test_a_running_job_tells_how_fast_it_is_and_when_it_is_done(
     job = submitted(keys, 4)
     rendered(2)
     sweep.do(next(c for c in sweep.CHORES if c.name == "relay"))
-    ask("UPDATE events SET at = at - interval '4 s'")
+    ask("UPDATE events SET at = clock_timestamp() - interval '40 s'")  # long against what a busy machine takes
 
     shown = api.get(f"/v1/jobs/{ids.public('job', job)}").json()
 
-    assert shown["rate"] == pytest.approx(0.5, rel=0.2)
+    assert shown["rate"] == pytest.approx(0.05, rel=0.2)
     left = datetime.fromisoformat(shown["eta"]) - datetime.now(UTC)
-    assert 2 <= left.total_seconds() <= 6
+    assert 30 <= left.total_seconds() <= 50
     assert shown["on_time"] is None
 
 
