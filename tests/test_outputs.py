@@ -740,7 +740,8 @@ def test_a_running_job_tells_how_fast_it_is_and_when_it_is_done(
     job = submitted(keys, 4)
     rendered(2)
     sweep.do(next(c for c in sweep.CHORES if c.name == "relay"))
-    ask("UPDATE events SET at = clock_timestamp() - interval '40 s'")  # long against what a busy machine takes
+    # long against what a busy machine takes
+    ask("UPDATE events SET at = clock_timestamp() - interval '40 s'")
 
     shown = api.get(f"/v1/jobs/{ids.public('job', job)}").json()
 
