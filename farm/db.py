@@ -70,7 +70,7 @@ def hot(
         if not (cursor.pgresult and cursor.pgresult.nfields):
             return []
         row = _ROWS.get(name) or _ROWS.setdefault(name, namedtuple_row(cursor))  # its columns are read once
-        return [row(values) for values in cursor.fetchall()]
+        return list(map(row, cursor.fetchall()))
 
 
 def together(db: Session, statements: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Sequence[Any]]:

@@ -130,9 +130,7 @@ class StoredFrame:
     width: int
     height: int
     prompt: bool = False  # the file says it
-    since: datetime | None = (
-        None  # the database's time before it was stored; None: after its pack was claimed
-    )
+    since: datetime | None = None  # by the database, before it was stored anew; None: its pack's claim
 
 
 @dataclass(frozen=True, slots=True)

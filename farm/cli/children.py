@@ -76,14 +76,11 @@ class Children:
         if time.monotonic() < self._servers_due:
             return
         try:
-            started = self._services.mend()
+            for name in self._services.mend():
+                log.warning("%s had died and was started again", name)
+                self._servers_due = time.monotonic() + SERVERS_S
         except Away as e:
             log.warning("%s", e)
-            started = ["it"]
-        else:
-            for name in started:
-                log.warning("%s had died and was started again", name)
-        if started:
             self._servers_due = time.monotonic() + SERVERS_S
 
     def stop(self) -> None:
