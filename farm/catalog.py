@@ -147,6 +147,7 @@ class Speed(_Entry):
     fused_qkv: bool = False
     attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
     compile: bool = False  # repeated blocks, for the row buckets; minutes at the first start
+    decode_beside: bool = False  # a step engine's decoder on a stream of its own, beside the next forward
     fp8: bool = False  # weights and activations of the denoiser, with a parity tolerance of its own
 
 
@@ -316,9 +317,9 @@ def read(path: Path) -> Catalog:
     """
     try:
         tables = tomllib.loads(path.read_text())
-        families = {**_built_in_families(), **tables.get("families", {})}
+        known = {**families(), **tables.get("families", {})}
         entries = tables["models"].items()
-        models = [Model(name=name, **{**families.get(t["family"], {}), **t}) for name, t in entries]
+        models = [Model(name=name, **{**known.get(t["family"], {}), **t}) for name, t in entries]
         _refuse_shared_aliases(models)
         return Catalog(models)
     except (OSError, tomllib.TOMLDecodeError, KeyError, ValueError) as e:
@@ -334,10 +335,10 @@ def _refuse_shared_aliases(models: list[Model]) -> None:
 
 
 @cache
-def _built_in_families() -> Mapping[str, Mapping[str, Any]]:
-    """Known to every catalog: an operator's file need not repeat them."""
-    families: Mapping[str, Mapping[str, Any]] = tomllib.loads(BUILTIN.read_text())["families"]
-    return families
+def families() -> Mapping[str, Mapping[str, Any]]:
+    """The built-in families, known to every catalog: an operator's file need not repeat them."""
+    found: Mapping[str, Mapping[str, Any]] = tomllib.loads(BUILTIN.read_text())["families"]
+    return found
 
 
 @cache

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 
-from farm.catalog import BUILTIN, Model, read
+from farm.catalog import BUILTIN, Model, families, read
 from farm.errors import Away, Conflict, Misconfigured, NotFound
-from farm.folders import INDEX, components, needed
+from farm.folders import INDEX, components, needed, refuse_pickles
 
 HUB = "https://huggingface.co"
 PATIENCE_S = 20.0
@@ -29,6 +29,7 @@ SAMPLERS = {  # diffusers' classes as the catalog calls them
     "FlowMatchHeunDiscreteScheduler": "flow-heun",
 }
 LIKE = ("side", "steps", "guidance", "sampler", "pack", "dtype", "price", "sizes")  # what an entry takes over
+CONFIG = "config.json"  # of a component
 OTHER: Mapping[str, Any] = {  # for pipelines that no built-in model has
     "dtype": "bfloat16",
     "side": {"min": 256, "max": 2048, "multiple": 32, "default": 1024},
@@ -74,7 +75,23 @@ def _in_folder(source: str) -> Checkpoint:
     return Checkpoint(f"dir:{folder}", "local", json.loads((folder / INDEX).read_text()), files)
 
 
-def _on_hub(name: str) -> Checkpoint:
+def look_at_part(source: str) -> str:
+    """Look at a component that replaces a checkpoint's own; returns its source as a catalog names it.
+
+    Raises NotFound if there is none, Misconfigured if its weights are pickled; Away if the hub does not answer.
+    """
+    if source.startswith("hub:"):
+        found = _on_hub(source.removeprefix("hub:"), index=CONFIG)
+        refuse_pickles([f for f in found.files if "/" not in f], model=source)
+        return f"{found.source}@{found.revision}"
+    folder = Path(source.removeprefix("dir:")).expanduser().resolve()
+    if not (folder / CONFIG).is_file():
+        raise NotFound(f"no {CONFIG} in {folder}")
+    refuse_pickles([p.name for p in folder.iterdir()], model=source)
+    return f"dir:{folder}"
+
+
+def _on_hub(name: str, index: str = INDEX) -> Checkpoint:
     repo, _, revision = name.partition("@")
     headers = {"Authorization": f"Bearer {os.environ['HF_TOKEN']}"} if os.environ.get("HF_TOKEN") else {}
     endpoint = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
@@ -82,30 +99,39 @@ def _on_hub(name: str) -> Checkpoint:
         with httpx.Client(
             base_url=endpoint, headers=headers, timeout=PATIENCE_S, follow_redirects=True
         ) as hub:
-            facts = _asked(hub, f"/api/models/{repo}/revision/{revision or 'main'}", name).json()
+            facts = _asked(hub, f"/api/models/{repo}/revision/{revision or 'main'}", name, index).json()
             commit = facts["sha"]
-            index = _asked(hub, f"/{repo}/resolve/{commit}/{INDEX}", name).json()
+            told = _asked(hub, f"/{repo}/resolve/{commit}/{index}", name, index).json()
     except httpx.HTTPError as e:
         raise Away(f"{endpoint} does not answer: {e}") from e
     except (ValueError, KeyError) as e:
-        raise Misconfigured(f"{name}: what {endpoint} answers is no pipeline: {e}") from e
-    return Checkpoint(f"hub:{repo}", commit, index, [f["rfilename"] for f in facts.get("siblings", [])])
+        raise Misconfigured(f"{name}: what {endpoint} answers is no checkpoint: {e}") from e
+    return Checkpoint(f"hub:{repo}", commit, told, [f["rfilename"] for f in facts.get("siblings", [])])
 
 
-def _asked(hub: httpx.Client, path: str, name: str) -> httpx.Response:
+def _asked(hub: httpx.Client, path: str, name: str, index: str) -> httpx.Response:
     answer = hub.get(path)
     if answer.status_code in (401, 403):
         raise Misconfigured(f"{name} wants its licence accepted: do so on the hub and set HF_TOKEN")
     if answer.status_code == 404:
-        raise NotFound(f"the hub has no {name}, or it has no {INDEX}")
+        raise NotFound(f"the hub has no {name}, or it has no {index}")
     answer.raise_for_status()
     return answer
 
 
-def entry(checkpoint: Checkpoint, *, like: str | None = None, **said: Any) -> dict[str, Any]:
-    """Make a catalog entry of a checkpoint. What is not said is like another model's of its family.
+def entry(
+    checkpoint: Checkpoint,
+    *,
+    like: str | None = None,
+    family: str | None = None,
+    parts: Mapping[str, str] | None = None,
+    **said: Any,
+) -> dict[str, Any]:
+    """Make a catalog entry of a checkpoint. What is not said is as its family says, or like another model of it.
 
-    Raises NotFound if there is no model to be like.
+    parts: components from elsewhere, by the names of those that they replace.
+
+    Raises NotFound if there is no model to be like, no such family, or no component of such a name.
     """
     models = read(BUILTIN)
     if like is not None and like not in models:
@@ -116,22 +142,39 @@ def entry(checkpoint: Checkpoint, *, like: str | None = None, **said: Any) -> di
         else next((m for m in models.values() if m.pipeline == checkpoint.pipeline), None)
     )
     made: dict[str, Any] = {"source": checkpoint.source, "revision": checkpoint.revision}
+    of_family = _family(family or (alike.family if alike else None))
     if alike is not None:
         facts = alike.model_dump(mode="json")
-        made |= {"family": alike.family, **{name: facts[name] for name in LIKE}}
-        if alike.pipeline != checkpoint.pipeline:
+        made |= {"family": family or alike.family}
+        made |= {name: facts[name] for name in LIKE if family is None or name not in of_family}
+        if of_family.get("pipeline") != checkpoint.pipeline:
             made["pipeline"] = checkpoint.pipeline
     else:
         own = checkpoint.index.get("scheduler", ["", ""])[1]
         sampler = SAMPLERS.get(own, "dpm++2m")
         made |= {
-            "family": "other",
+            "family": family or "other",
             "pipeline": checkpoint.pipeline,
             **OTHER,
             "samplers": [sampler],
             "sampler": sampler,
         }
+    if parts:
+        if unknown := sorted(set(parts) - set(components(checkpoint.index))):
+            raise NotFound(
+                f"part: {checkpoint.source} has no component {unknown[0]!r}; it has "
+                + ", ".join(components(checkpoint.index))
+            )
+        made["parts"] = {name: {"source": look_at_part(source)} for name, source in parts.items()}
     return made | {name: value for name, value in said.items() if value is not None}
+
+
+def _family(name: str | None) -> Mapping[str, Any]:
+    if name is None:
+        return {}
+    if name not in families():
+        raise NotFound(f"family: no {name!r} is built in; there are {', '.join(families())}")
+    return families()[name]
 
 
 def add(catalog: Path, name: str, made: Mapping[str, Any]) -> Model:

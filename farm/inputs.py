@@ -16,6 +16,7 @@ from urllib.parse import unquote_to_bytes
 from uuid import UUID
 
 from sqlalchemy import Select, func, or_, select, text, update
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -182,7 +183,11 @@ def bind(db: Session, account_id: UUID, job_id: UUID, hashes: Iterable[str]) -> 
     if not wanted:
         return
     rows = db.scalars(_live(account_id).where(Input.sha256.in_(wanted)).order_by(Input.id)).all()
-    db.add_all(JobInput(job_id=job_id, input_id=row.id, account_id=account_id) for row in rows)
+    new = [{"job_id": job_id, "input_id": row.id, "account_id": account_id} for row in rows]
+    if new:
+        db.execute(
+            insert(JobInput).values(new).on_conflict_do_nothing()
+        )  # an upload's earlier part may need it too
     old = [r.id for r in rows]
     db.execute(
         text(
@@ -191,7 +196,6 @@ def bind(db: Session, account_id: UUID, job_id: UUID, hashes: Iterable[str]) -> 
         ),
         {"old": old, "s": TOUCH_S},
     )
-    db.flush()
 
 
 def files(db: Session, account_id: UUID, hashes: Collection[str]) -> dict[str, str]:

@@ -49,24 +49,24 @@ class FakeSteps:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        self._flying: dict[UUID, _Flying] = {}
+        self.flying: dict[UUID, _Flying] = {}
         self._arrivals = 0
         self.parked: Collection[UUID] = ()
         self.thread: int | None = None
 
     @property
     def frames(self) -> Collection[UUID]:
-        return self._flying.keys()
+        return self.flying.keys()
 
     def add(self, frame: UUID, ask: Ask, *, priority: int, saved: bytes | None = None) -> None:
         self._same_thread()
-        if frame in self._flying:
-            self._flying[frame].priority = priority
+        if frame in self.flying:
+            self.flying[frame].priority = priority
             return
         if ask.spec.prompt == BAD:
             raise RenderFailed(BAD)
         self._arrivals += 1
-        flying = self._flying[frame] = _Flying(ask, priority, self._arrivals)
+        flying = self.flying[frame] = _Flying(ask, priority, self._arrivals)
         if saved is not None:
             state = json.loads(saved)
             if state["seed"] == ask.seed:
@@ -75,41 +75,41 @@ class FakeSteps:
     def drop(self, frames: Collection[UUID]) -> None:
         self._same_thread()
         for frame in frames:
-            self._flying.pop(frame, None)
+            self.flying.pop(frame, None)
 
     def room(self, spec: Spec) -> int:
-        return max(0, self.cap - len(self._flying))
+        return max(0, self.cap - len(self.flying))
 
     def tick(self) -> Tick:
         self._same_thread()
         self.on_tick(len(self.ticks))
-        order = sorted(self._flying, key=lambda f: (-self._flying[f].priority, self._flying[f].arrival))
-        shapes = {f: shape_key(self._flying[f].ask.spec, self.model) for f in order}
+        order = sorted(self.flying, key=lambda f: (-self.flying[f].priority, self.flying[f].arrival))
+        shapes = {f: shape_key(self.flying[f].ask.spec, self.model) for f in order}
         picked = [f for f in order if shapes[f] == shapes[order[0]]][: self.cap]
-        self.ticks.append(Noted(time.time(), {f: self._flying[f].done for f in picked}))
-        if any(self._flying[f].ask.spec.prompt == BREAKS for f in picked):
+        self.ticks.append(Noted(time.time(), {f: self.flying[f].done for f in picked}))
+        if any(self.flying[f].ask.spec.prompt == BREAKS for f in picked):
             raise RuntimeError(BREAKS)
         time.sleep(self.tick_s)
         self.parked = [f for f in order if f not in picked]
         steps, ended = {}, {}
         for frame in picked:
-            flying = self._flying[frame]
+            flying = self.flying[frame]
             flying.done += 1
             steps[frame] = (flying.done, flying.ask.spec.steps)
             if flying.done == flying.ask.spec.steps:
                 ended[frame] = picture(flying.ask.spec, flying.ask.seed)
-                del self._flying[frame]
+                del self.flying[frame]
         self.seconds += self.tick_s
         share = self.tick_s / len(picked)
         return Tick(shapes[picked[0]], len(picked), steps, ended, self.tick_s, dict.fromkeys(picked, share))
 
     def save(self, frame: UUID) -> bytes | None:
         self._same_thread()
-        flying = self._flying[frame]
+        flying = self.flying[frame]
         return json.dumps({"done": flying.done, "seed": flying.ask.seed}).encode() if flying.done else None
 
     def preview(self, frame: UUID) -> Pixels | None:
-        flying = self._flying[frame]
+        flying = self.flying[frame]
         return np.full((8, 8, 3), 10 * flying.done, dtype=np.uint8) if flying.done else None
 
     def _same_thread(self) -> None:

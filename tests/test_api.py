@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -301,6 +302,18 @@ def test_anothers_job_answers_like_one_that_does_not_exist(api: TestClient, keys
         assert ask(method, path, job) == ask(method, path, unknown), path
         for nobodys in (job, "job_nonsense", "job_" + "z" * 32):
             assert ask(method, path, nobodys)[0] == 404, path
+
+
+def test_the_reference_page_needs_nothing_from_elsewhere(api: TestClient) -> None:
+    page = api.get("/docs", headers={"Authorization": ""}).text
+
+    named = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(named) == 3
+    for url in named:
+        assert url.startswith("/docs/files/")
+        assert api.get(url).status_code == 200
+    assert "SwaggerUIBundle" in api.get(next(u for u in named if u.endswith(".js"))).text
+    assert api.get("/docs/files/../core.py").status_code == 404
 
 
 def test_nobody_gets_in_without_a_valid_key(

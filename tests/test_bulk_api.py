@@ -1,13 +1,17 @@
 """Bulk uploads over HTTP: at once, bit by bit, cut, repeated, and sent twice at the same time."""
 
+import base64
+import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from typing import Any
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from farm import accounts, pricing, sweep
 from farm.accounts import Role
@@ -16,6 +20,7 @@ from farm.catalog import catalog
 from farm.db import transaction
 from farm.settings import settings
 from tests.factories import ask, one, violations
+from tests.pages import serving
 
 NDJSON = {"Content-Type": "application/x-ndjson"}
 CSV = {"Content-Type": "text/csv"}
@@ -319,6 +324,39 @@ def test_a_query_that_says_nothing_we_know_is_refused_by_name(api: TestClient, u
 
     assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, field)
     assert one(NOTHING) == 0
+
+
+def test_lines_name_images_by_url_and_each_is_fetched_once(
+    api: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FARM_ALLOWED_PRIVATE_HOSTS", "127.0.0.1")
+    settings.cache_clear()
+    photo = BytesIO()
+    Image.new("RGB", (64, 64), "navy").save(photo, "PNG")
+    data = photo.getvalue()
+    in_line = "data:image/png;base64," + base64.b64encode(data).decode()
+    with serving({"/a.png": data, "/none.png": (404, {}, b"")}) as url:
+        said = [
+            *({"custom_id": f"same {n}", "prompt": "a", "image": f"{url}/a.png"} for n in range(3)),
+            {"custom_id": "gone", "prompt": "a", "image": f"{url}/none.png"},
+            {"custom_id": "inside", "prompt": "a", "image": "https://10.0.0.1/a.png"},
+            {"custom_id": "in line", "prompt": "a", "image": in_line},
+            {"custom_id": "two", "prompt": "a", "image": f"{url}/a.png", "mask": f"{url}/none.png"},
+            {"custom_id": "plain", "prompt": "a"},
+        ]
+        body = b"".join(json.dumps(line).encode() + b"\n" for line in said)
+        upload = created(api, mode="accept_good")
+        cut = body.index(b'{"custom_id": "same 2"')
+        append(api, upload, body[:cut], 0)
+        ended = append(api, upload, body[cut:], cut, finish=True)
+
+    assert (ended.status_code, ended.json()["good"], ended.json()["bad"]) == (202, 5, 3)
+    assert names() == ["same 0", "same 1", "same 2", "in line", "plain"]
+    wrong = [(e["line"], e["custom_id"], e["field"]) for e in errors(api, upload)]
+    assert wrong == [(4, "gone", "image"), (5, "inside", "image"), (7, "two", "mask")]
+    digest = hashlib.sha256(data).hexdigest()
+    assert one("SELECT string_agg(DISTINCT spec ->> 'image', ' ') FROM frames") == f"sha256:{digest}"
+    assert one("SELECT count(*) FROM inputs") == 1
 
 
 def test_another_content_type_is_refused(api: TestClient) -> None:

@@ -113,7 +113,7 @@ BAD = {
     "a large seed": ({**RED, "seed": 2**63}, "seed", 2**63, "allowed are 0 to"),
     "a seed with a point": ({**RED, "seed": 1.5}, "seed", 1.5, "allowed are 0 to"),
     "several images": ({**RED, "count": 2}, "count", 2, "a line is one image"),
-    "an image by URL": ({**RED, "image": "https://x.example/a.png"}, "image", "https://x.example/a.png", "/v1/inputs"),
+    "an image by no name": ({**RED, "image": "a.png"}, "image", "a.png", "allowed are inp_… of an upload"),
     "format": ({**RED, "format": "gif"}, "format", "gif", "allowed are 'png', 'webp' or 'jpeg'"),
 }  # fmt: skip
 

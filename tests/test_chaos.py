@@ -3,6 +3,7 @@
     pytest tests/test_chaos.py        under a minute
     make chaos FRAMES=10000           as long as it takes
     FARM_CHAOS_STORE=s3 make chaos    with an S3 store behind a proxy that is hostile
+    FARM_CHAOS_ENGINE=step make chaos    with frames that go step by step, and on from their checkpoints
 
 docs/reliability.md says what is promised and what was measured.
 """
@@ -31,12 +32,13 @@ from farm.embedded.redis import Redis
 from farm.settings import settings
 from migrations import upgrade
 from tests.chaos.engine import BAD, POISON
-from tests.chaos.faults import POINTS, STORE_FAULTS, Chance, Plan
+from tests.chaos.faults import POINTS, RESUMED, STORE_FAULTS, Chance, Plan
 from tests.chaos.house import Crew, Fault, House, Verbs, take_guards
 from tests.chaos.variants import BETWEEN, GUARDS
 from tests.factories import account, ask, must_claim, settle, statuses, submit, until_blocked
 from tests.hostile import STORM, Proxy, s3_server
 
+ENGINE = os.environ.get("FARM_CHAOS_ENGINE", "pipe")  # or step
 FRAMES = int(os.environ.get("FRAMES", "150"))
 STORE = os.environ.get("FARM_CHAOS_STORE", "folder")  # or s3: behind the hostile proxy
 LONG = FRAMES >= 2000
@@ -107,7 +109,13 @@ def proxy(request: pytest.FixtureRequest) -> Iterator[Proxy | None]:
 
 
 def build(
-    folder: Path, servers: tuple[Postgres, Redis], name: str, *, proxy: Proxy | None = None, **plan: object
+    folder: Path,
+    servers: tuple[Postgres, Redis],
+    name: str,
+    *,
+    proxy: Proxy | None = None,
+    stepwise: bool = False,
+    **plan: object,
 ) -> House:
     postgres, redis = servers
     images = folder / f"{name}-images"
@@ -115,7 +123,7 @@ def build(
     url = postgres.create_database(name, "migrated")
     attempts = 20 if LONG else 5  # killed alone so often and innocent: hardly ever
     plan = Plan(tally=str(folder / f"{name}-tally"), **plan)
-    return House(name, url, redis.url, images, plan, attempts, proxy)
+    return House(name, url, redis.url, images, plan, attempts, proxy, stepwise)
 
 
 # ------------------------------------------------------------------------------------------ the product
@@ -133,6 +141,7 @@ def test_nothing_is_lost_or_billed_twice_whatever_is_killed(folder, servers, cre
         freezes={"rendered": frozen, "stored": frozen},
         store_faults=dict.fromkeys(STORE_FAULTS, each),
         proxy=proxy,
+        stepwise=ENGINE == "step",
     )
     with house.entered():
         started = time.monotonic()
@@ -180,6 +189,7 @@ def wanted() -> dict[str, int]:
         "Postgres stopped immediate": 1,
         "sweep killed": 1,
         **(dict.fromkeys(STORM, HITS) if STORE == "s3" else {}),
+        **({RESUMED: HITS} if ENGINE == "step" else {}),
     }
 
 
@@ -282,6 +292,39 @@ def test_nothing_is_lost_behind_a_store_in_a_storm(folder, servers, crew, s3, ca
         print(f"\nstorm: {dict(proxy.happened)}", end="")  # noqa: T201
     assert wrongs == {}
     assert sum(proxy.happened.values()) > 5
+
+
+@pytest.mark.skipif(ENGINE == "step", reason="the long run goes step by step already")
+def test_nothing_is_lost_of_frames_that_go_step_by_step(folder, servers, crew):
+    # given workers that die with frames at different steps in hand
+    once = Chance(first=0.3, until=1)
+    points = ("claimed", "rendered", "stored", "before commit", "in the transaction", "after commit")
+    house = build(folder, servers, "steps", stepwise=True, step_s=0.03, kills=dict.fromkeys(points, once))
+    with house.entered():
+        house.open_accounts(2)
+
+        # when
+        for k in range(6):
+            house.submit(house.callers[k % 2], 8, seed=100 * k, steps=10 + 5 * k, priority=1 + k % 2)
+        house.staff(crew, workers=3)
+        await_that(lambda: "killed at random" in house.tally.all(), lambda: house.kill_a_busy_worker(crew))
+        until_at_rest(house)
+        crew.drop(house.name)
+
+        # then
+        assert house.wrongs() == {}
+        assert house.ask("SELECT DISTINCT status, attempts FROM frames") == [("done", 0)]
+        assert house.count(RESUMED) > 0
+        assert kills(house) > 1
+
+
+def await_that(holds, do) -> None:
+    """Do it until it holds."""
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        do()
+        time.sleep(0.1)
 
 
 def until_at_rest(house: House) -> None:

@@ -4,7 +4,11 @@ import io
 from collections.abc import Iterator
 
 import pytest
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
 from fastapi.testclient import TestClient
+from httpx import Response
 from PIL import Image
 
 from farm import accounts, budgets, catalog, intake, ledger, limits, pricing
@@ -294,6 +298,23 @@ def test_wrong_keys_from_an_address_are_counted_and_right_ones_keep_working(
     assert api.get("/v1/jobs", headers=as_(keys["second"])).status_code == 200  # never seen before
     assert api.get("/v1/jobs", headers={"Authorization": ""}).status_code == 401  # it guesses nothing
     assert api.get("/v1/jobs", headers=as_(revoked)).status_code == 429
+
+
+def test_wrong_signatures_count_as_wrong_keys(
+    api: TestClient, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong_keys(monkeypatch, "2")
+    key_id = keys["acme"].split("_")[1]
+
+    def sent(secret: str) -> Response:
+        url, body = "http://testserver/model/starter/invoke", b'{"text_prompts": []}'
+        request = AWSRequest(method="POST", url=url, data=body)
+        SigV4Auth(Credentials(key_id, secret), "bedrock", "eu-central-1").add_auth(request)
+        return api.post(url, content=body, headers=dict(request.headers))
+
+    assert [sent("guessed").status_code for _ in range(4)] == [403, 403, 429, 429]
+    assert sent("guessed").headers["x-amzn-ErrorType"] == "ThrottlingException"
+    assert sent(keys["acme"]).status_code == 400  # it opens, and the body says nothing
 
 
 def test_wrong_keys_of_one_address_are_not_anothers(

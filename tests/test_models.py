@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -16,17 +18,17 @@ from typer.testing import CliRunner
 from farm import accounts, cli, pricing
 from farm.accounts import Role
 from farm.api.app import create_app
-from farm.catalog import catalog, read
+from farm.catalog import Model, catalog, read
 from farm.db import transaction
 from farm.errors import Conflict, Misconfigured, NotFound, OutOfMemory
 from farm.settings import settings
 from farm.spec import Format, Spec
 from tests.factories import ask, one
 from tests.hub import COMMIT, Hub, hub
-from tests.tiny import tiny_model, tiny_sd
+from tests.tiny import tiny_model, tiny_sd, tiny_sdxl
 from workers import verify
 from workers.ailing import note
-from workers.engine import open_step_engine
+from workers.engine import Ask, open_step_engine
 from workers.gpu import limit_threads
 from workers.measured import Measured, Size, recall
 from workers.trust import DEVICE, Ailment
@@ -251,6 +253,54 @@ def test_a_model_that_is_not_in_the_catalog_cannot_be_pulled(own: Path, tmp_path
 
     assert pulled.returncode == 1
     assert "no model 'other' in the catalog; there are mine" in pulled.stderr
+
+
+def test_lcm_on_sdxl_is_added_by_its_two_repositories(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_sdxl(tmp_path / "base")
+    tiny_sdxl(tmp_path / "distilled", time_cond_proj_dim=8)
+    with hub(tmp_path / "distilled" / "unet", repo="nobody/lcm-unet") as running:
+        for name, value in (("HF_ENDPOINT", running.url), ("HF_HOME", str(tmp_path / "cache"))):
+            monkeypatch.setenv(name, value)
+        added = add(
+            str(base), "--family", "lcm-sdxl", "--part", "unet=hub:nobody/lcm-unet@main", "--dtype", "float32",
+            "--size", "512",
+        )  # fmt: skip
+        pulled = run_pull("mine", FARM_MODELS_DIR=str(tmp_path / "models"), HF_HUB_OFFLINE="0")
+
+    assert added.exit_code == 0, added.output
+    assert pulled.returncode == 0, pulled.stderr
+    model = read(own)["mine"]
+    assert model.parts["unet"].source == f"hub:nobody/lcm-unet@{COMMIT}"
+    assert (model.sampler, model.steps.max, model.guided_rows) == ("lcm", 16, 1)
+    monkeypatch.setenv("FARM_MODELS_DIR", str(tmp_path / "models"))
+    forget()
+    small = {"side": {**model.side.model_dump(), "min": 32, "default": 32}, "sizes": ()}
+    engine = open_step_engine(Model.model_validate({**model.model_dump(), **small}), device="cpu")
+    frame = uuid4()
+    engine.add(
+        frame, Ask(Spec("mine", "a circle", "", 32, 32, 2, 8.0, "lcm", Format.PNG), seed=1), priority=5
+    )
+    while frame in engine.frames:
+        result = engine.tick().done.get(frame)
+    assert isinstance(result, np.ndarray)
+
+
+def test_a_part_that_is_not_there_is_named(own: Path, tmp_path: Path) -> None:
+    base = str(tiny_sd(tmp_path / "base"))
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text("{}")
+    (tmp_path / "pickled" / "diffusion_pytorch_model.bin").write_bytes(b"")
+
+    assert "no component 'net'" in str(add(base, "--part", f"net={base}/unet").exception)
+    assert "no config.json" in str(add(base, "--part", f"unet={base}").exception)
+    assert "diffusion_pytorch_model.bin is pickled" in str(
+        add(base, "--part", f"unet={tmp_path}/pickled").exception
+    )
+    assert "no 'sdx' is built in" in str(add(base, "--family", "sdx").exception)
+    assert "NAME=SOURCE" in add(base, "--part", "unet").output
+    assert not own.exists()
 
 
 # ------------------------------------------------------------------------------------------------ verify

@@ -169,6 +169,57 @@ def test_frames_that_end_together_leave_one_a_tick_while_an_urgent_one_runs(loop
     assert left == [[], [8, 0], [1], [2], [9]]
 
 
+def test_frames_decoded_beside_the_next_forward_leave_with_it_and_are_the_same(
+    loop: StepLoop, quiet: list[Pixels]
+) -> None:
+    _add(loop, _mixed(loop))
+    at_once = [list(loop.tick().done) for _ in range(max(n for _, n, _ in SETTINGS)) if loop.frames]
+    later = StepLoop(loop.family, ageing_s=60)
+    later.decoder.beside = True
+    _add(later, _mixed(later))
+
+    done, left = {}, []
+    while later.frames:
+        tick = later.tick()
+        left.append(list(tick.done))
+        done |= tick.done
+        assert sum(tick.shares.values()) == pytest.approx(tick.seconds)
+
+    _same(done, quiet)
+    *first, last = at_once
+    assert left[0] == []
+    assert left[1:-1] == first[:-1]
+    assert set(left[-1]) == {*first[-1], *last}  # nothing follows that they could be beside
+
+
+def test_a_frame_dropped_while_it_is_decoded_beside_does_not_come_back(loop: StepLoop) -> None:
+    loop.decoder.beside = True
+    for k, steps in enumerate((1, 1, 3)):
+        loop.add(UUID(int=k), tiny_ask(loop.model, seed=k, steps=steps), priority=5)
+    assert loop.tick().done == {}
+    assert len(loop.frames) == 3
+
+    loop.drop([FIRST])
+
+    assert list(_finish(loop)) == [UUID(int=1), UUID(int=2)]
+
+
+def test_memory_that_runs_out_while_decoding_beside_fails_no_frame(
+    loop: StepLoop, quiet: list[Pixels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.decoder.beside = True
+    decode, tries = loop.family.decode, iter((True, False) * len(SETTINGS))
+
+    def short(record: Any) -> torch.Tensor:
+        if next(tries):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(record)
+
+    monkeypatch.setattr(loop.family, "decode", short)
+
+    _same(_run(loop, _mixed(loop)), quiet)
+
+
 def test_rows_padded_to_buckets_change_no_frame(loop: StepLoop, quiet: list[Pixels]) -> None:
     loop.padded = True  # as where the denoiser is compiled
     rows: list[int] = []

@@ -34,6 +34,7 @@ from farm.api import (
     problems,
     provenance,
     quotes,
+    reference,
     sheets,
     statements,
     usage,
@@ -248,6 +249,7 @@ def create_app() -> FastAPI:
         description=DESCRIPTION,
         openapi_tags=TAGS,
         lifespan=_lifespan,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=_operation,
@@ -266,6 +268,7 @@ def create_app() -> FastAPI:
     problems.install(app)
     for router in (*ROUTERS, *DIALECTS):
         app.include_router(router)
+    reference.install(app)
     app.add_middleware(Observed, registry=app.state.registry)
     app.add_middleware(KeyInPath)  # the outermost: nothing sees a path with a key
     return app

@@ -5,6 +5,7 @@ import binascii
 from typing import Annotated
 
 from fastapi import Depends, Request
+from fastapi.requests import HTTPConnection
 
 from farm.accounts import Caller, Role
 from farm.api.door import Door, Known
@@ -37,12 +38,17 @@ async def admitted(request: Request, key: str, *, role: Role | None = None) -> C
     do what role says.
     """
     door: Door = request.app.state.door
-    found = await door.find(key, address=request.client.host if request.client else "")
+    found = await door.find(key, address=address_of(request))
     request.state.known = found
     _count(request, "reads" if request.method in READS else "writes")
     if role is not None:
         found.caller.require(role)
     return found.caller
+
+
+def address_of(request: HTTPConnection) -> str:
+    """Where a request comes from; "" if that is not known."""
+    return request.client.host if request.client else ""
 
 
 def count_submission(request: Request) -> None:

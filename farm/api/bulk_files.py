@@ -9,11 +9,14 @@ from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from farm.bulk.lines import MAX_LINE
+from farm.api.inputs import fetched, renamed
+from farm.bulk.lines import MAX_LINE, Error, Read
 from farm.bulk.parts import Intake, Part
 from farm.errors import Conflict, FarmError, Fault, Invalid, TooLarge
+from farm.features import STORED, refs_of
 
 PART = 1 << 19  # bytes of a file that are taken in together: some 5,000 lines, and 10 MB of memory
+KNOWN = 10_000  # images by URL that an upload remembers
 AT_ONCE = 2  # parts that a process stores at the same time: the other connections are for other requests
 
 
@@ -48,6 +51,7 @@ class _Storing:
     def __init__(self, request: Request, intake: Intake) -> None:
         self._room, self._intake = room(request), intake
         self._stored: asyncio.Task[None] | None = None
+        self._names: dict[str, str] = {}  # of images by URL that were taken in
 
     async def __aenter__(self) -> Self:
         return self
@@ -64,10 +68,37 @@ class _Storing:
         if not data:
             return 0
         part = await run_in_threadpool(self._intake.read, data, final=final)
+        if part.read.unresolved:
+            await self._fetch(part.read)
         await self._done()
         if part.read.used:
             self._stored = asyncio.create_task(self._store(part))
         return part.read.used
+
+    async def _fetch(self, read: Read) -> None:
+        """Take in the images that lines name by URL; a line whose image is not taken is an error."""
+        urls = {
+            ref: at for one in read.unresolved for at, ref in refs_of(one.asked) if not STORED.fullmatch(ref)
+        }
+        found = await fetched(
+            self._intake.caller.account_id, {r: at for r, at in urls.items() if r not in self._names}
+        )
+        found |= {ref: self._names[ref] for ref in urls.keys() & self._names.keys()}
+        names = {ref: name for ref, name in found.items() if isinstance(name, str)}
+        if len(self._names) > KNOWN:
+            self._names.clear()
+        self._names |= {ref: name for ref, name in names.items() if not ref.startswith("data:")}
+        lines, read.unresolved = read.unresolved, []
+        for one in lines:
+            faults = [
+                Fault(at, fault.value, fault.allowed)
+                for at, ref in refs_of(one.asked)
+                if isinstance(refused := found.get(ref), Invalid)
+                for fault in refused.faults
+            ]
+            read.errors.extend(Error(one.line, one.name, fault) for fault in faults)
+            if not faults:
+                read.unresolved.append(one._replace(asked=renamed(one.asked, names)))
 
     async def _store(self, part: Part) -> None:
         async with self._room:

@@ -12,6 +12,8 @@ import asyncio
 import hashlib
 import logging
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -21,7 +23,7 @@ from farm import accounts, limits
 from farm.accounts import Caller
 from farm.api.limits import Buckets, Failures, Taken
 from farm.db import transaction
-from farm.errors import FarmError, Unauthorized
+from farm.errors import FarmError, RateLimited, Unauthorized
 from farm.limits import Limits
 
 log = logging.getLogger(__name__)
@@ -63,12 +65,24 @@ class Door:
         """
         name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         try:
-            if address and name not in self._known and self._failures.too_many(address):
-                async with self._doubted:
-                    return await self._find(text, name)
-            return await self._find(text, name)
-        except Unauthorized:
+            async with self.counting(address, known=name in self._known):
+                return await self._find(text, name)
+        except (Unauthorized, RateLimited):
             self._known.pop(name, None)
+            raise
+
+    @asynccontextmanager
+    async def counting(self, address: str, *, known: bool = False) -> AsyncIterator[None]:
+        """Count who is refused in here as one who sent a wrong key. known: it opened before, and need not wait.
+
+        Raises RateLimited in the place of Unauthorized if that came too often from the address.
+        """
+        try:
+            async with (
+                self._doubted if address and not known and self._failures.too_many(address) else nullcontext()
+            ):
+                yield
+        except Unauthorized:
             if address and (refused := self._failures.count(address)) is not None:
                 raise refused from None
             raise

@@ -28,7 +28,7 @@ router = APIRouter(prefix="/v1/inputs", tags=["inputs"])
 
 AROUND = 64 << 10  # bytes of a form beside its file
 MAX_URLS = 64  # of one submission
-AT_ONCE = 8  # fetched for one submission
+AT_ONCE = 8  # fetched for one submission, or one upload of lines
 FILE = {"schema": {"type": "string", "format": "binary"}}
 
 
@@ -142,20 +142,32 @@ async def taken(caller: Caller, submission: Submission, *, idempotency_key: str 
         raise Invalid(
             [Fault("specs", f"{len(urls)} images by URL", f"allowed are {MAX_URLS} in one submission")]
         )
+    found = await fetched(caller.account_id, urls)
+    faults = [fault for r in found.values() if isinstance(r, Invalid) for fault in r.faults]
+    if faults:
+        raise Invalid(faults)
+    names = {ref: str(name) for ref, name in found.items()}
+    if submission.spec is not None:
+        return submission.model_copy(update={"spec": renamed(submission.spec, names)})
+    return submission.model_copy(update={"specs": [renamed(a, names) for a in submission.specs or []]})
+
+
+async def fetched(account_id: UUID, urls: Mapping[str, str]) -> dict[str, str | Invalid]:
+    """Take in images by URL, some at a time. urls: the field that names each.
+
+    Returns the name of each as an input of the account, or why it is not taken. Raises TooLarge, StorageAway.
+    """
     room = asyncio.Semaphore(AT_ONCE)
 
     async def take(ref: str, field: str) -> str | Invalid:
         async with room:
             try:
-                return await _take(caller.account_id, ref, field)
+                return await _take(account_id, ref, field)
             except Invalid as e:
                 return e
 
     results = await asyncio.gather(*(take(ref, field) for ref, field in urls.items()))
-    faults = [fault for r in results if isinstance(r, Invalid) for fault in r.faults]
-    if faults:
-        raise Invalid(faults)
-    return _renamed(submission, {ref: str(name) for ref, name in zip(urls, results, strict=True)})
+    return dict(zip(urls, results, strict=True))
 
 
 async def _take(account_id: UUID, ref: str, field: str) -> str:
@@ -197,16 +209,11 @@ def _came_before(caller: Caller, key: str) -> bool:
         return submissions.came_before(db, caller, key)
 
 
-def _renamed(submission: Submission, names: Mapping[str, str]) -> Submission:
-    def renamed(asked: Asked) -> Asked:
-        new = {n: names[r] for n in ("image", "mask") if (r := getattr(asked, n)) in names}
-        control = tuple(
-            c.model_copy(update={"image": names[c.image]}) if c.image in names else c for c in asked.control
+def renamed(asked: Asked, names: Mapping[str, str]) -> Asked:
+    """What is asked for, with its images named as they are called there; others stay as they are."""
+    new: dict[str, object] = {n: names[r] for n in ("image", "mask") if (r := getattr(asked, n)) in names}
+    if any(c.image in names for c in asked.control):
+        new["control"] = tuple(
+            c.model_copy(update={"image": names.get(c.image, c.image)}) for c in asked.control
         )
-        if asked.control:
-            new["control"] = control  # type: ignore[assignment]
-        return asked.model_copy(update=new) if new else asked
-
-    if submission.spec is not None:
-        return submission.model_copy(update={"spec": renamed(submission.spec)})
-    return submission.model_copy(update={"specs": [renamed(a) for a in submission.specs or []]})
+    return asked.model_copy(update=new) if new else asked

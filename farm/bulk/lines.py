@@ -21,7 +21,7 @@ from pydantic_core import from_json
 from farm.catalog import Catalog, Model
 from farm.errors import Fault, Invalid
 from farm.faults import faults_of
-from farm.features import STORED, Given, refs_of
+from farm.features import Given, refs_of
 from farm.spec import (
     MAX_PROMPT,
     MAX_SEED,
@@ -89,7 +89,7 @@ class Row(NamedTuple):
 
 
 class Unresolved(NamedTuple):
-    """A line that names input images: whether they are there is not known yet."""
+    """A line that names input images: whether they are there, or can be fetched, is not known yet."""
 
     line: int
     asked: Asked
@@ -269,12 +269,8 @@ class Reader:
             faults = faults_of(e.errors(include_url=False), Line)
             read.errors.extend(Error(no, name, _of_a_line(f)) for f in faults)
             return
-        refs = list(refs_of(asked))
-        if refs:
-            faults = [Fault(at, ref, _UPLOAD_FIRST) for at, ref in refs if not STORED.fullmatch(ref)]
-            read.errors.extend(Error(no, name, f) for f in faults)
-            if not faults:
-                read.unresolved.append(Unresolved(no, asked, asked.custom_id))
+        if any(refs_of(asked)):
+            read.unresolved.append(Unresolved(no, asked, asked.custom_id))
             return
         found = self.resolved(no, asked, asked.custom_id)
         if isinstance(found, Row):
@@ -336,9 +332,6 @@ def _rest(said: dict[str, Any]) -> str | None:
         return repr([item for item in said.items() if item[0] not in OWN])
     except ValueError:  # an endless integer
         return None
-
-
-_UPLOAD_FIRST = "a line names an image that was sent to /v1/inputs: allowed are inp_… and sha256:…"
 
 
 def _of_a_line(fault: Fault) -> Fault:

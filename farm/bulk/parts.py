@@ -46,7 +46,7 @@ class Intake:
     def __init__(self, caller: Caller, upload: BulkUpload, *, models: Catalog | None = None) -> None:
         self.upload_id, self.received = upload.id, upload.received
         self.lines = upload.lines  # that were read
-        self._caller, self._form = caller, Form(upload.format)
+        self.caller, self._form = caller, Form(upload.format)
         self._stage = Stage(caller, upload.id, facts_of(upload), models or catalog())
         self._reader = Reader(models or catalog(), self._stage.facts.defaults(), columns=upload.columns)
 
@@ -80,7 +80,7 @@ class Intake:
         if not read.used:
             return
         with transaction() as db:
-            upload = _fenced(db, self._caller, self.upload_id, self.received)
+            upload = _fenced(db, self.caller, self.upload_id, self.received)
             good, bad = _sorted_out(db, upload, read, self._reader)
             doomed = upload.mode == Mode.ALL_OR_NOTHING and (upload.bad or bad)
             if upload.good + len(good) > settings().max_bulk:

@@ -74,6 +74,14 @@ def add(
     licence: Annotated[str, typer.Option(help="under which it may be used")],
     title: Annotated[str | None, typer.Option(help="its name if left out")] = None,
     like: Annotated[str | None, typer.Option(help="the built-in model whose limits it takes over")] = None,
+    family: Annotated[str | None, typer.Option(help="whose limits and samplers it has, as lcm-sdxl")] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=SOURCE",
+            help="a component from elsewhere, as unet=hub:OWNER/NAME@main; may be repeated",
+        ),
+    ] = None,
     pool: Annotated[list[str] | None, typer.Option(help="whose workers have it; may be repeated")] = None,
     size: Annotated[int | None, typer.Option(help="width and height if none are asked for")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16")] = None,
@@ -98,6 +106,8 @@ def add(
     made = entries.entry(
         entries.look(source),
         like=like,
+        family=family,
+        parts=_parts(part or []),
         title=title or name,
         licence=licence,
         pools=list(pool) if pool else [name],
@@ -116,6 +126,16 @@ def add(
     if added.source.startswith("hub:"):
         show.say(f"its checkpoint: farm models pull {added.name}")
     show.say(f"what it needs: farm models verify {added.name} --gpu 0")
+
+
+def _parts(said: list[str]) -> dict[str, str]:
+    split = [p.partition("=") for p in said]
+    for name, _, source in split:
+        if not (name and source):
+            raise typer.BadParameter(
+                "allowed is NAME=SOURCE, as unet=hub:OWNER/NAME@main", param_hint="--part"
+            )
+    return {name: source for name, _, source in split}
 
 
 @models.command()

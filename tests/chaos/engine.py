@@ -2,8 +2,9 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from signal import SIGKILL
+from uuid import UUID
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from farm.catalog import Model
 from farm.errors import RenderFailed
 from farm.spec import Spec
 from workers import engines, gpu
-from workers.engine import Ask, OnStep, Pixels
+from workers.engine import Ask, OnStep, Pixels, Tick
 
 BAD = "the engine gives no picture of this"
 POISON = "the engine takes its process down with this"
@@ -40,13 +41,28 @@ class FakeEngine:
         return [RenderFailed(BAD) if a.spec.prompt == BAD else picture(a.spec, a.seed) for a in asks]
 
 
-def install(step_s: float) -> None:
-    """Put the fake where this process would load torch."""
+def install(step_s: float, *, resumed: Callable[[], None] = lambda: None) -> None:
+    """Put the fakes where this process would load torch. resumed: called when a frame goes on from a saved state."""
+    from tests.stepping import FakeSteps
+
+    class Resuming(FakeSteps):
+        def add(self, frame: UUID, ask: Ask, *, priority: int, saved: bytes | None = None) -> None:
+            super().add(frame, ask, priority=priority, saved=saved)
+            if self.resumed.pop(frame, 0):
+                resumed()
+
+        def tick(self) -> Tick:
+            if any(flying.ask.spec.prompt == POISON for flying in self.flying.values()):
+                os.kill(os.getpid(), SIGKILL)
+            return super().tick()
 
     def opened(model: Model, *, device: str) -> FakeEngine:
         return FakeEngine(step_s)
 
-    engines.open_engine = opened
+    def opened_steps(model: Model, *, device: str) -> FakeSteps:
+        return Resuming(model, cap=16, tick_s=step_s)
+
+    engines.open_engine, engines.open_step_engine = opened, opened_steps
     gpu.limit_threads = lambda: None
     gpu.device = lambda: "cpu"
     gpu.describe = lambda: gpu.Device("cpu", "fake", 0)

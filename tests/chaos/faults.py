@@ -29,6 +29,7 @@ POINTS = (
     "in the transaction",
     "after commit",
 )
+RESUMED = "went on from a checkpoint"
 STORE_FAULTS = ("put refused", "put timed out", "put done but not answered")
 
 
@@ -132,7 +133,7 @@ def install(plan: Plan) -> None:
     if plan.clock_s:
         clocks.shift(plan.clock_s)
     fate = Fate(plan)
-    engine.install(plan.step_s)
+    engine.install(plan.step_s, resumed=lambda: fate.tally.add(RESUMED))
     run.reached = fate.reached
     opened, settle = run.open_store, queue.settle
     run.open_store = lambda url: HostileStore(opened(url), fate)

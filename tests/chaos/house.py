@@ -19,9 +19,9 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from farm import accounts, db, ids, jobs, pricing, submissions
+from farm import accounts, db, entries, ids, jobs, pricing, submissions
 from farm.accounts import Caller, Role
-from farm.catalog import catalog
+from farm.catalog import BUILTIN, catalog, read
 from farm.db import transaction
 from farm.errors import Conflict
 from farm.settings import settings
@@ -109,6 +109,7 @@ class House:
     plan: Plan
     max_attempts: int
     proxy: Proxy | None = None  # before S3; None: images live in the folder
+    stepwise: bool = False  # its model goes step by step
     submitted: set[UUID] = field(default_factory=set)
     callers: list[Caller] = field(default_factory=list)
     _since: dict[int, float] = field(default_factory=dict)  # pid → monotonic time it was first seen frozen
@@ -131,7 +132,21 @@ class House:
             "FARM_BURST_S": "20",
             "FARM_MAX_ATTEMPTS": str(self.max_attempts),
             "FARM_POOL_SIZE": "6",
+            **({"FARM_CATALOG": str(self._stepping()), "FARM_CHECKPOINT_S": "0.02"} if self.stepwise else {}),
         }
+
+    def _stepping(self) -> Path:
+        """A catalog whose one model goes step by step."""
+        path = self.images.with_suffix(".toml")
+        if not path.exists():
+            entry = {
+                **read(BUILTIN)["starter"].model_dump(mode="json"),
+                "engine": "step",
+                "packs_by": "shape",
+            }
+            name = entry.pop("name")
+            entries.add(path, name, entry)
+        return path
 
     def _storage_url(self) -> str:
         if self.proxy is None:
@@ -159,6 +174,7 @@ class House:
         before = dict(os.environ)
         os.environ.update(self.env())
         settings.cache_clear()
+        catalog.cache_clear()
         try:
             yield
         finally:
@@ -166,6 +182,7 @@ class House:
             os.environ.clear()
             os.environ.update(before)
             settings.cache_clear()
+            catalog.cache_clear()
 
     def staff(self, crew: Crew, *, workers: int, nodes: int = 0) -> None:
         """Put workers, Celery nodes and a sweep to work."""

@@ -6,6 +6,7 @@ python -m pytest --noconftest -m gpu tests/gpu
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from farm.errors import OutOfMemory  # noqa: E402
 from farm.spec import Format, Spec  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 from workers import gpu  # noqa: E402
-from workers.engine import Ask, Cancelled, open_engine  # noqa: E402
+from workers.engine import Ask, Cancelled, open_engine, open_step_engine  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -122,3 +123,23 @@ def test_the_device_is_described() -> None:
     assert device.kind == "cuda"
     assert device.name == torch.cuda.get_device_name(0)
     assert device.memory_bytes > 1 << 30
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux1"])
+def test_decoding_on_a_stream_of_its_own_changes_no_image(tmp_path: Path, family: str) -> None:
+    made = {}
+    for beside in (False, True):
+        model = tiny_model(tmp_path, family, engine="step", packs_by="shape", speed={"decode_beside": beside})
+        engine = open_step_engine(model, device="cuda")
+        for k in range(12):
+            [ask] = _asks(model, 1, steps=2 + k % 5, width=256, height=256)
+            engine.add(UUID(int=k), replace(ask, seed=k), priority=5)
+        done: dict[UUID, Any] = {}
+        while engine.frames:
+            done |= engine.tick().done
+        made[beside] = done
+
+    apart = [
+        int(np.abs(made[True][f].astype(int) - image.astype(int)).max()) for f, image in made[False].items()
+    ]
+    assert max(apart) <= LEVELS["float32"], apart

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 
 from farm import accounts
 from farm.accounts import Caller, Role
-from farm.api.auth import admitted, key_in
+from farm.api.auth import address_of, admitted, key_in
 from farm.db import transaction
 from farm.errors import Unauthorized
 
@@ -169,11 +169,17 @@ def secrets_of(text: str) -> tuple[str, str]:
 async def caller_of(request: Request, body: bytes, *, service: str, role: Role) -> Caller:
     """Who a request comes from that was signed, or carries a key as Bearer, Key or Basic.
 
-    Raises Unauthorized, WrongSignature among it, and Forbidden.
+    Raises Unauthorized, WrongSignature among it, RateLimited and Forbidden.
     """
     header = request.headers.get("authorization", "")
     if not header.startswith("AWS4-"):
         return await admitted(request, key_in(header), role=role)
+    async with request.app.state.door.counting(address_of(request)):
+        right = await _signer(request, header, body, service)
+    return await admitted(request, right, role=role)
+
+
+async def _signer(request: Request, header: str, body: bytes, service: str) -> str:
     signature = signature_in(header)
     texts = await run_in_threadpool(texts_of, signature.access_key)
     signed = Signed(
@@ -183,5 +189,4 @@ async def caller_of(request: Request, body: bytes, *, service: str, role: Role) 
         headers=[(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.scope["headers"]],
         body=body,
     )
-    right = check(signature, texts, signed, service=service, now=datetime.now(UTC))
-    return await admitted(request, right, role=role)
+    return check(signature, texts, signed, service=service, now=datetime.now(UTC))

@@ -18,10 +18,11 @@ from farm.errors import OutOfMemory, RenderFailed
 from farm.settings import settings
 from farm.spec import Spec, shape_key
 from workers.engine import Ask, Pixels, Tick
-from workers.engine.faults import failure, is_lost, is_out_of_memory, judge
+from workers.engine.faults import failure, is_lost, is_out_of_memory
 from workers.engine.loading import load
 from workers.engine.step import families, saved
 from workers.engine.step.batch import Batch
+from workers.engine.step.decoder import Decoder
 from workers.engine.step.families.family import Family
 from workers.engine.step.pick import URGENT, Caps, Picker, bucket
 from workers.engine.step.preview import Previews
@@ -49,12 +50,17 @@ class StepLoop:
         self.device = family.device
         self.padded = family.device == "cuda" and family.model.speed.compile  # to row buckets
         self._flight: dict[UUID, Record] = {}
-        self._ended: list[Record] = []  # in flight still, to be decoded
         self._parked: list[UUID] = []
         self._done: dict[UUID, Pixels | RenderFailed] = {}  # of this tick
         self._caps = Caps(self.model)
         self._picker = Picker(self._caps, ageing_s)
         self._previews = Previews(family)
+        self.decoder = Decoder(
+            family,
+            beside=family.device == "cuda" and family.model.speed.decode_beside,
+            tried=self._tried,
+            seconds=self._seconds,
+        )
         self._batch: Batch | None = None
         self._arrivals = count()
         self._clock = clock
@@ -86,7 +92,7 @@ class StepLoop:
         record.owed_s = self._seconds() - started
         self._flight[frame] = record
         if record.ended:
-            self._ended.append(record)
+            self.decoder.add(record)
 
     @torch.inference_mode()
     def _begun(self, frame: UUID, ask: Ask, state: bytes | None) -> Record:
@@ -135,9 +141,9 @@ class StepLoop:
         release()
 
     def drop(self, frames: Collection[UUID]) -> None:
-        for frame in frames:
-            if record := self._flight.pop(frame, None):
-                self._ended = [r for r in self._ended if r is not record]
+        gone = [record for frame in frames if (record := self._flight.pop(frame, None))]
+        if gone:
+            self.decoder.drop(gone)
         if not self._flight:
             self._batch = None
 
@@ -284,7 +290,7 @@ class StepLoop:
             if not record.ended:
                 continue
             if record.following is None:
-                self._ended.append(record)
+                self.decoder.add(record)
             else:
                 self._follow(record)
 
@@ -301,30 +307,22 @@ class StepLoop:
         self._flight[record.frame] = following
 
     def _leave(self, shares: dict[UUID, float]) -> None:
-        """Decode frames that ended, one by one, and add what that took to their shares.
+        """Decode frames that ended, and add what that took to their shares.
 
         While an urgent frame runs one other a tick has to do: it would wait for them.
         """
         urgent = any(r.priority >= URGENT for r in self._flight.values())
-        turn = sorted(self._ended, key=lambda r: (-r.priority, r.arrival))
-        others = [r for r in turn if r.priority < URGENT]
-        for record in turn:
-            if urgent and record in others[1:]:
-                continue
-            started = self._seconds()
-            result = self._decoded(record)
+        alone = all(r.ended for r in self._flight.values())
+        for record, result, seconds in self.decoder.turn(urgent=urgent, alone=alone):
             self._end(record, result)
-            shares[record.frame] = shares.get(record.frame, 0.0) + self._seconds() - started
-
-    def _decoded(self, record: Record) -> Pixels | RenderFailed:
-        return self._tried(lambda: judge(self.family.decode(record)))
+            shares[record.frame] = shares.get(record.frame, 0.0) + seconds
 
     def _end(self, record: Record, result: Pixels | RenderFailed) -> None:
         self.drop([record.frame])
         self._done[record.frame] = result
 
     def _seconds(self) -> float:
-        """Now, with all that was asked of the device done."""
+        """Now, with all that was asked of the device done; what is decoded beside it aside."""
         if self.device == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         return time.perf_counter()

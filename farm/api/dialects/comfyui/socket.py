@@ -19,7 +19,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from farm import outcomes, tickets
 from farm.accounts import Caller, Role
-from farm.api.auth import key_in
+from farm.api.auth import address_of, key_in
 from farm.api.dialects.answers import answered
 from farm.api.dialects.browsers import refuse_other_pages
 from farm.api.dialects.comfyui import history
@@ -60,8 +60,7 @@ async def comfy_socket(socket: WebSocket) -> None:
     try:
         refuse_other_pages(socket)
         key = key_in(socket.headers.get("authorization"))
-        address = socket.client.host if socket.client else ""
-        caller = (await socket.app.state.door.find(key, address=address)).caller
+        caller = (await socket.app.state.door.find(key, address=address_of(socket))).caller
         caller.require(Role.READ)
     except FarmError as e:
         body = {"error": said("unauthorized", e.detail or e.title), "node_errors": {}}
