@@ -23,7 +23,7 @@ from farm import accounts, limits
 from farm.accounts import Caller
 from farm.api.limits import Buckets, Failures, Taken
 from farm.db import transaction
-from farm.errors import FarmError, RateLimited, Unauthorized
+from farm.errors import FarmError, Unauthorized
 from farm.limits import Limits
 
 log = logging.getLogger(__name__)
@@ -65,27 +65,32 @@ class Door:
         """
         name = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         try:
-            async with self.counting(address, known=name in self._known):
-                return await self._find(text, name)
-        except (Unauthorized, RateLimited):
+            if address and name not in self._known and self._failures.too_many(address):
+                async with self._doubted:
+                    return await self._find(text, name)
+            return await self._find(text, name)
+        except Unauthorized:
             self._known.pop(name, None)
+            self._count(address)
             raise
 
     @asynccontextmanager
-    async def counting(self, address: str, *, known: bool = False) -> AsyncIterator[None]:
-        """Count who is refused in here as one who sent a wrong key. known: it opened before, and need not wait.
+    async def counting(self, address: str) -> AsyncIterator[None]:
+        """Count who is refused in here as one who sent a wrong key, and look at one at a time who did so often.
 
         Raises RateLimited in the place of Unauthorized if that came too often from the address.
         """
         try:
-            async with (
-                self._doubted if address and not known and self._failures.too_many(address) else nullcontext()
-            ):
+            async with self._doubted if self._failures.too_many(address) else nullcontext():
                 yield
         except Unauthorized:
-            if address and (refused := self._failures.count(address)) is not None:
-                raise refused from None
+            self._count(address)
             raise
+
+    def _count(self, address: str) -> None:
+        """Raises RateLimited if wrong keys came too often from there."""
+        if address and (refused := self._failures.count(address)) is not None:
+            raise refused from None
 
     async def _find(self, text: str, name: bytes) -> Known:
         known, looking = self._known, self._looking  # forget() puts others in their place
