@@ -41,7 +41,7 @@ bench: $(STAMP) ## the figures of the README
 		name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 schema: $(STAMP) ## send every operation of the OpenAPI whatever its schema allows and what not: make schema EXAMPLES=300
-	FARM_SCHEMA_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -m slow --timeout 36000 tests/test_schema.py
+	FARM_SCHEMA_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -s -m slow --timeout 36000 tests/test_schema.py
 
 chaos: $(STAMP) ## kill everything while it renders, and check that nothing is lost or billed twice: make chaos FRAMES=2000
 	FRAMES=$(FRAMES) $(BIN)/python -m pytest -m slow -k chaos --timeout 3600 tests

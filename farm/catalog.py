@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from farm.errors import Misconfigured
 from farm.settings import settings
@@ -184,6 +184,9 @@ class Model(_Entry):
     controls: dict[Name, ControlNet] = {}
     negative_prompt: bool = True
     guided_rows: int = Field(2, ge=1, le=2)
+    clip_layers: int = Field(
+        12, ge=1, description="of its shortest text encoder: what clip_skip may leave out"
+    )
     free: tuple[Literal["guidance"], ...] = ()
     takes: tuple[Feature, ...] = ()
     side: Side
@@ -310,20 +313,30 @@ class Catalog(Mapping[str, Model]):
         return models
 
 
-def read(path: Path) -> Catalog:
-    """Read a catalog file.
+def read(path: Path, text: str | None = None) -> Catalog:
+    """Read a catalog file. text: what it is to hold, if that is not written yet.
 
     Raises Misconfigured naming the file, the entry and what is allowed.
     """
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text() if text is None else text)
         known = {**families(), **tables.get("families", {})}
         entries = tables["models"].items()
-        models = [Model(name=name, **{**known.get(t["family"], {}), **t}) for name, t in entries]
+        models = [_model(name, {**known.get(t["family"], {}), **t}) for name, t in entries]
         _refuse_shared_aliases(models)
         return Catalog(models)
     except (OSError, tomllib.TOMLDecodeError, KeyError, ValueError) as e:
         raise Misconfigured(f"catalog {path}: {type(e).__name__}: {e}", setting="FARM_CATALOG") from e
+
+
+def _model(name: str, entry: Mapping[str, Any]) -> Model:
+    try:
+        return Model(name=name, **entry)
+    except ValidationError as e:
+        wrong = [(".".join(map(str, f["loc"])), f["msg"].removeprefix("Value error, ")) for f in e.errors()]
+        raise ValueError(
+            f"model {name!r}: " + "; ".join(f"{at}: {said}" if at else said for at, said in wrong)
+        ) from None
 
 
 def _refuse_shared_aliases(models: list[Model]) -> None:

@@ -183,18 +183,34 @@ def add(catalog: Path, name: str, made: Mapping[str, Any]) -> Model:
     Raises Conflict if the name is taken, Misconfigured saying what is wrong with the entry; the file is
     as it was then.
     """
-    text = catalog.read_text() if catalog.exists() else "# The models this farm serves; see docs/models.md.\n"
-    if name in tomllib.loads(text).get("models", {}):
+    try:
+        text = (
+            catalog.read_text()
+            if catalog.exists()
+            else "# The models this farm serves; see docs/models.md.\n"
+        )
+        taken = tomllib.loads(text).get("models", {})
+    except (OSError, ValueError) as e:
+        raise Misconfigured(f"catalog {catalog}: {type(e).__name__}: {e}", setting="FARM_CATALOG") from e
+    if name in taken:
         raise Conflict(f"{catalog} has a model {name!r} already")
     lines = [f"{key} = {_toml(value)}" for key, value in made.items() if value not in (None, [], {})]
+    longer = "\n".join([text.rstrip(), "", f"[models.{_toml(name)}]", *lines, ""])
+    added = read(catalog, longer)[name]
+    _replace(catalog, longer)
+    return added
+
+
+def _replace(catalog: Path, text: str) -> None:
+    """Write it beside and move it into place: a farm that starts meanwhile reads the one or the other."""
     draft = catalog.with_name(f".{catalog.name}.new")
     try:
-        draft.write_text("\n".join([text.rstrip(), "", f"[models.{_toml(name)}]", *lines, ""]))
-        added = read(draft)[name]
+        draft.write_text(text)
         os.replace(draft, catalog)
+    except OSError as e:
+        raise Misconfigured(f"catalog {catalog}: {type(e).__name__}: {e}", setting="FARM_CATALOG") from e
     finally:
         draft.unlink(missing_ok=True)
-    return added
 
 
 def _toml(value: Any) -> str:

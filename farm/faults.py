@@ -5,19 +5,35 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from farm.errors import Fault
 from farm.settings import settings
 from farm.spec import MAX_PROMPT, MAX_SEED
 
 LONGEST = 200  # characters of a value that is repeated
+LISTED = 100  # faults of one body
+COUNTED = 10_000  # more of them are not even looked at: that would take far more memory than the body
 PLACES = ("body", "query", "path", "header", "cookie")  # FastAPI puts one before the field's path
+
+
+def faults_in(error: ValidationError, model: type[BaseModel]) -> list[Fault]:
+    """The first faults of what was read as this model."""
+    if (count := error.error_count()) > COUNTED:
+        return [
+            Fault(
+                "body",
+                f"{count} faults",
+                f"there is no such body; allowed are {', '.join(model.model_fields)}",
+            )
+        ]
+    return faults_of(error.errors(include_url=False)[:LISTED], model)
 
 
 def faults_of(errors: Sequence[Any], model: type[BaseModel] | None = None) -> list[Fault]:
     """One fault for each of pydantic's errors. model: what the body was read as, to name its fields."""
-    return [_fault(e, model) for e in errors]
+    some = [e for e in errors if e["type"] != "none_required"]  # what may be null may be something else too
+    return [_fault(e, model) for e in some or errors]
 
 
 def _fault(error: Mapping[str, Any], model: type[BaseModel] | None) -> Fault:
@@ -49,6 +65,8 @@ def _allowed(error: Mapping[str, Any], loc: Sequence[int | str], model: type[Bas
             return f"the body must be JSON: {context.get('error', error['msg'])}"
         case "value_error":
             return str(context.get("error", error["msg"]))
+        case "literal_error" | "enum":
+            return BY_TYPE[kind].format_map(context)
     return _by_field(loc) or _by_type(kind, context) or str(error["msg"])
 
 
@@ -74,6 +92,7 @@ BY_TYPE = {
     "model_attributes_type": "it must be an object",
     "dict_type": "it must be an object",
     "list_type": "it must be a list",
+    "tuple_type": "it must be a list",
     "enum": "allowed are {expected}",
     "literal_error": "allowed are {expected}",
     "greater_than_equal": "allowed are {ge} and more",

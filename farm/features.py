@@ -6,6 +6,7 @@ Read, checked against the model's catalog entry, and counted: which steps of it 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -228,8 +229,8 @@ def faults_of(spec: Any, model: Model, found: Mapping[str, Given], at: str) -> I
     yield from _control_faults(spec, model, given, at)
     yield from _lora_faults(spec, model, at)
     yield from _second_faults(spec, model, at)
-    if spec.clip_skip is not None and not 1 <= spec.clip_skip <= 12:
-        yield Fault(f"{at}clip_skip", spec.clip_skip, "allowed are 1 to 12 layers")
+    if spec.clip_skip is not None and not 1 <= spec.clip_skip <= model.clip_layers:
+        yield Fault(f"{at}clip_skip", spec.clip_skip, f"allowed are 1 to {model.clip_layers} layers")
     if spec.prompt_weights:
         for name in ("prompt", "negative_prompt"):
             if wrong := weights.fault_of(getattr(spec, name)):
@@ -249,12 +250,16 @@ def _image_faults(spec: Any, given: Mapping[str, Given], at: str) -> Iterator[Fa
                 yield Fault(f"{at}{name}", getattr(spec, name), "it needs an image")
         return
     if spec.strength is not None and steps_run(spec.steps, spec.strength) < 1:
-        least = f"allowed are {1 / spec.steps:.3g} and more with {spec.steps} steps: it leaves none to run"
-        yield Fault(f"{at}strength", spec.strength, least)
+        yield Fault(f"{at}strength", spec.strength, _least_strength(spec.steps))
     image, mask = given.get(spec.image), given.get(spec.mask or "")
     if image and mask and (image.width, image.height) != (mask.width, mask.height):
         size = f"a mask has its image's size, {image.width} × {image.height}; it has {mask.width} × {mask.height}"
         yield Fault(f"{at}mask", spec.mask, size)
+
+
+def _least_strength(steps: int) -> str:
+    least = ceil(1000 / steps) / 1000  # rounded up: what is said here is enough
+    return f"allowed are {least:g} and more with {steps} steps: it leaves none to run"
 
 
 def _control_faults(spec: Any, model: Model, given: Mapping[str, Given], at: str) -> Iterator[Fault]:
@@ -312,8 +317,7 @@ def _second_faults(spec: Any, model: Model, at: str) -> Iterator[Fault]:
     if not limit.min <= second.schedule <= limit.max:
         yield Fault(f"{at}{name}.steps", second.schedule, f"allowed are {limit.min} to {limit.max}")
     elif second.steps < 1:
-        least = f"allowed are {1 / second.schedule:.3g} and more with {second.schedule} steps: it leaves none to run"
-        yield Fault(f"{at}{name}.strength", asked.strength, least)
+        yield Fault(f"{at}{name}.strength", asked.strength, _least_strength(second.schedule))
     for what in ("width", "height"):
         value = getattr(second, what)
         if name == "hires" and not side.allows(value):

@@ -61,27 +61,29 @@ class Use:
 # ------------------------------------------------------------------------------------------------ frames
 
 
-def check_queued(db: Session, caller: Caller, frames: int) -> None:
+def check_queued(db: Session, caller: Caller, frames: int, *, before: int = 0) -> None:
     """Refuse a job of so many frames if the account, or the farm, has as many as it may.
 
+    before: frames that the job brought earlier; they are open too, and do not end before it is whole.
     Raises QueueFull with what is used, what is allowed and when to come back; Invalid for a job that can never fit.
     """
     (row,) = hot(db, "open_frames", {"account_id": caller.account_id})
-    check_row(db, row, frames)
+    check_row(db, row, frames, before=before)
 
 
-def check_row(db: Session, row: Any, frames: int) -> None:
+def check_row(db: Session, row: Any, frames: int, *, before: int = 0) -> None:
     """As check_queued(), of a row of open_frames.sql that is at hand."""
     allowed = settings().max_open_frames if row.allowed is None else row.allowed
-    _fit(db, frames, used=row.account, allowed=allowed, whose="the account")
-    _fit(db, frames, used=row.farm, allowed=settings().max_farm_frames, whose="the farm")
+    _fit(db, frames, before=before, used=row.account, allowed=allowed, whose="the account")
+    _fit(db, frames, before=before, used=row.farm, allowed=settings().max_farm_frames, whose="the farm")
 
 
-def _fit(db: Session, frames: int, *, used: int, allowed: int, whose: str) -> None:
+def _fit(db: Session, frames: int, *, before: int, used: int, allowed: int, whose: str) -> None:
     if used + frames <= allowed:
         return
-    if frames > allowed:
-        raise Invalid([Fault("frames", frames, f"{whose} may have {allowed} frames that have not ended")])
+    if before + frames > allowed:
+        fault = Fault("frames", before + frames, f"{whose} may have {allowed} frames that have not ended")
+        raise Invalid([fault])
     used = max(used, 0)
     raise QueueFull(
         f"{whose} has {used} frames that have not ended, of {allowed}; this job brings {frames}",

@@ -305,8 +305,11 @@ def _faults(spec: Spec, model: Model, at: str) -> list[Fault]:
     return faults
 
 
+RANDOM_BITS = 52  # JavaScript loses digits of numbers beyond 2⁵³, and a job's seeds count up from this one
+
+
 def random_seed() -> int:
-    return secrets.randbits(63)
+    return secrets.randbits(RANDOM_BITS)
 
 
 def seeds(first: int, count: int) -> range | list[int]:

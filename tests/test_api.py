@@ -304,6 +304,22 @@ def test_anothers_job_answers_like_one_that_does_not_exist(api: TestClient, keys
             assert ask(method, path, nobodys)[0] == 404, path
 
 
+@pytest.mark.parametrize(
+    ("fields", "faults", "field"),
+    [(300, 100, "x0"), (20_000, 1, "body"), (500_000, 1, "body")],
+)
+def test_a_body_of_nothing_but_faults_is_refused_in_a_few(
+    api: TestClient, fields: int, faults: int, field: str
+) -> None:
+    body = {"spec": {"prompt": "a"}, **{f"x{n}": 1 for n in range(fields)}}
+
+    answer = api.post("/v1/jobs", json=body)
+
+    assert answer.status_code == 422
+    assert len(answer.json()["errors"]) == faults
+    assert answer.json()["errors"][0]["field"] == field
+
+
 def test_the_reference_page_needs_nothing_from_elsewhere(api: TestClient) -> None:
     page = api.get("/docs", headers={"Authorization": ""}).text
 

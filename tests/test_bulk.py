@@ -169,6 +169,8 @@ def test_frames_of_an_upload_count_towards_what_may_be_open(
     intake.take(lines(0, 4))
 
     with pytest.raises(QueueFull):
+        started(caller).take(lines(4, 4))
+    with pytest.raises(Invalid, match="may have 5 frames"):  # its own four never make room
         intake.take(lines(4, 4))
 
     with transaction() as db:

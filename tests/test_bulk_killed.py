@@ -233,6 +233,13 @@ def _used_from_the_command_line(
     ]
     assert farm("bulk", "show", "last")[0] == 0
 
+    file.write_text("custom_id,prompt,steppes\na,a red circle,4\n")
+    code, _, err = farm("submit", "--file", str(file))  # it is not over, and who sent it is told so
+    left = json.loads(farm("bulk", "list", "--json")[1])[0]
+    assert (code, left["status"], "columns[2]" in err) == (1, "open", True)
+    assert f"--resume {left['id']}" in err.replace("\n", " ")
+    assert f"farm bulk discard {left['id']}" in err.replace("\n", " ")
+
     code, out, _ = farm("submit", "--matrix", str(matrix), "--preview", "--steps", "4")
     assert (code, "4 images: 2 prompts, 2 combinations" in out) == (0, True)
     code, out, _ = farm("submit", "--matrix", str(matrix), "--json")

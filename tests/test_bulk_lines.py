@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from farm import drafts
-from farm.bulk.lines import MAX_NAME, Read, Reader, Row
-from farm.bulk.matrices import Matrix, expanded
+from farm.bulk.lines import FAULTS, MAX_NAME, Read, Reader, Row
+from farm.bulk.matrices import MAX_COMBINATIONS, MAX_PROMPTS, MAX_TEXT, SHOWN, Matrix, expanded
 from farm.errors import Invalid
 from farm.spec import MAX_SEED, Asked
 from tests.factories import CATALOG
@@ -214,6 +214,31 @@ def test_bad_records_are_named_by_the_line_they_start_in() -> None:
     ]  # fmt: skip
 
 
+def test_of_a_line_full_of_faults_the_first_are_told() -> None:
+    wrong = {f"field{n}": n for n in range(1000)}
+
+    read = ndjson({**RED, **wrong}, {**RED, "custom_id": "b"})
+
+    assert [e.fault.field for e in read.errors] == list(wrong)[:FAULTS]
+    assert [row.name for row in read.rows] == ["b"]
+
+
+def test_a_cell_holds_what_a_line_may_hold() -> None:
+    image = "data:image/png;base64," + "A" * 200_000  # beyond the limit of Python's csv
+
+    read = csv(f'custom_id,prompt,image\na,x,"{image}"\n')
+
+    assert (faults(read), [one.asked.image for one in read.unresolved]) == ([], [image])
+
+
+def test_a_quote_without_its_end_says_which_lines_it_took() -> None:
+    read = csv('custom_id,prompt\na,x\nb,"never ends\nc,x\nd,x\n')
+
+    [(line, field, _, allowed)] = faults(read)
+    assert (line, field, [r.name for r in read.rows]) == (3, "line", ["a"])
+    assert allowed == "it must be CSV: unexpected end of data; read up to line 5"
+
+
 def test_a_quoted_field_may_be_cut_anywhere() -> None:
     text = 'custom_id,prompt\na,"one\ntwo\nthree"\nb,"four\nfive"\nc,six\n'
     for cut in range(1, len(text)):
@@ -251,6 +276,36 @@ def test_a_quoted_field_may_be_cut_anywhere() -> None:
 )
 def test_groups_in_prompts_multiply(prompt: str, prompts: list[str]) -> None:
     assert expanded(prompt) == prompts
+
+
+def test_a_short_matrix_does_not_come_to_more_text_than_memory_holds() -> None:
+    long = "(a,b)" * 16 + "x" * 3900  # 65,536 prompts of 3,916 characters
+
+    with pytest.raises(Invalid) as refused:
+        Matrix({"prompt": long}, {}, CATALOG, most=1_000_000)
+    with pytest.raises(Invalid) as together:
+        Matrix({"prompt": ["(a,b)" * 11 + "x" * 4000] * 3}, {}, CATALOG, most=1_000_000)
+
+    (fault,) = refused.value.faults
+    assert fault.field == "matrix.prompt"
+    assert fault.allowed.startswith("its groups come to 256638976 characters")
+    assert together.value.faults[0].allowed == f"allowed are {MAX_TEXT} characters of all prompts"
+
+
+@pytest.mark.parametrize(
+    ("axes", "field", "value"),
+    [
+        ({"prompt": [""] * (MAX_PROMPTS + 1)}, "matrix.prompt", MAX_PROMPTS + 1),
+        ({"prompt": "a", "size": [""] * (MAX_COMBINATIONS + 1)}, "matrix.size", MAX_COMBINATIONS + 1),
+        ({"prompt": "a", **{f"axis{n}": n for n in range(50_000)}}, "matrix.axis0", 0),
+    ],
+)
+def test_a_matrix_of_nothing_but_faults_is_told_a_few(axes: dict[str, Any], field: str, value: int) -> None:
+    with pytest.raises(Invalid) as refused:
+        Matrix(axes, {}, CATALOG, most=1_000_000)
+
+    assert len(refused.value.faults) <= SHOWN
+    assert (refused.value.faults[0].field, refused.value.faults[0].value) == (field, value)
 
 
 def test_a_matrix_turns_seeds_fastest_and_prompts_slowest() -> None:

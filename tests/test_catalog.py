@@ -88,6 +88,17 @@ def test_an_entry_that_cannot_be_is_refused_with_what_is_allowed(changes: dict[s
     assert said in str(caught.value)
 
 
+def test_a_catalog_that_is_wrong_names_the_file_the_model_and_the_key(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.toml"
+    path.write_text(MINE.replace('"0.001"', '"cheap"') + 'pool = "a"\n')
+
+    with pytest.raises(Misconfigured) as wrong:
+        read(path)
+
+    assert f"catalog {path}: ValueError: model 'mine': price.rate: " in str(wrong.value)
+    assert "http" not in str(wrong.value)
+
+
 def test_fused_projections_and_loras_exclude_each_other() -> None:
     lora = {"source": "dir:/x", "file": "ink.safetensors", "sha256": "0" * 64}
 

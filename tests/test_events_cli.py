@@ -25,6 +25,19 @@ def test_events_are_listed_and_followed_to_the_end(farm: Command) -> None:
     assert "kinds" in farm("events", "--kinds", "No!").err
 
 
+def test_a_page_that_is_full_says_where_to_go_on(farm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = json.loads(farm("submit", "a circle", "--json").out)["id"]
+    assert farm("cancel", job).code == 0
+    relayed()
+    numbers = [e["number"] for e in json.loads(farm("events", job, "--json").out)]
+    monkeypatch.setattr("farm.cli.events.PAGE", len(numbers))
+
+    full = farm("events", job)
+
+    assert f"--after {numbers[-1]}" in full.err
+    assert "--after" not in farm("events", job, "--after", str(numbers[0])).err
+
+
 def test_a_webhooks_life_on_the_command_line(farm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FARM_ALLOWED_PRIVATE_HOSTS", "127.0.0.1")
     settings.cache_clear()

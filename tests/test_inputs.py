@@ -326,7 +326,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"hires": {"width": 96, "height": 96, "steps": 3, "strength": 0.3}}, "spec.hires.strength"
     ),
     "hires and upscale": ({"hires": {"width": 96, "height": 96}, "upscale": {}}, "spec.upscale"),
-    "clip_skip of 13": ({"clip_skip": 13}, "spec.clip_skip"),
+    "more layers than there are": ({"clip_skip": 4}, "spec.clip_skip"),
     "quality of a png": ({"quality": 90}, "spec.quality"),
     "quality of 101": ({"format": "jpeg", "quality": 101}, "spec.quality"),
     "nearly reproducible": ({"reproducible": "nearly"}, "spec.reproducible"),
@@ -350,6 +350,16 @@ def test_every_fault_names_its_field_and_stores_no_job(api: TestClient) -> None:
         )
         fields = [e["field"] for e in refused(api, **written)["errors"]]
         assert field in fields, (name, fields)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 30, 93])
+def test_the_strength_that_is_said_to_be_enough_is(api: TestClient, steps: int) -> None:
+    [fault] = refused(api, steps=steps, hires={"width": 96, "height": 96, "strength": 0.001})["errors"]
+    enough = float(fault["allowed"].split()[2])
+
+    given = {**RED, "steps": steps, "hires": {"width": 96, "height": 96, "strength": enough}}
+
+    assert api.post("/v1/jobs", json={"spec": given}).status_code == 202
 
 
 def test_a_model_that_takes_no_inputs_says_so(api: TestClient) -> None:

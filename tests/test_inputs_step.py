@@ -9,6 +9,7 @@ from uuid import UUID
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from farm.catalog import ControlNet
 from farm.errors import RenderFailed
@@ -216,7 +217,7 @@ def test_frames_of_the_same_nets_share_forwards_each_with_its_own_window(family:
     for k, name in enumerate(("lines", "depth")):
         tiny_net(engine.pipe, folder / f"{family}-{name}", k)
     entries = {n: ControlNet(source=f"dir:{folder / f'{family}-{n}'}") for n in ("lines", "depth")}
-    engine.model = engine._featured._modes.model = model.model_copy(update={"controls": entries})
+    engine.model = engine.featured._modes.model = model.model_copy(update={"controls": entries})
 
     def follow(seed: int, *nets: str, scale: float = 1.0, start: float = 0.0, **changes: Any) -> Ask:
         controls = tuple(
@@ -273,6 +274,40 @@ def test_loras_of_any_set_and_scale_share_a_forward(family: str, folder: Path) -
     assert len(rows) == 4
     assert np.array_equal(good(images[0]), good(images[5]))
     assert not same(images[1], images[2])
+
+
+def test_a_broken_lora_is_its_frames_own_fault_and_goes_when_memory_is_short(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_tiny(tiny_model(folder / "broken-lora", "sd"))
+    entry = tiny_lora(engine.pipe, folder / "broken", "broken", 1)
+    file = folder / "broken" / entry.file
+    save_file({name: value * float("nan") for name, value in load_file(file).items()}, file)
+    model = engine.model = engine.model.model_copy(update={"loras": {"broken": entry}})
+    plain = tiny_ask(model, "a red circle", seed=1)
+    use = LoraUse(name="broken", scale=1.0, sha256=entry.sha256)
+    bad = replace(tiny_ask(model, seed=2, loras=(use,)), inputs=Inputs(loras=(file,)))
+    expected = render(engine, [plain])[0]
+    loop = loop_of(engine)
+
+    (neighbour, failed), rows = run(loop, [plain, bad])
+
+    assert max(rows) == 4  # they shared forwards
+    assert same(neighbour, expected)
+    assert str(failed) == "the image is not a number"
+    assert any(loop.family.pipe.get_list_adapters().values())
+
+    denoise, full = loop.family.denoise, iter([True])
+
+    def short(inputs: Any) -> torch.Tensor:
+        if next(full, False):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return denoise(inputs)
+
+    monkeypatch.setattr(loop.family, "denoise", short)
+    assert same(run(loop, [plain])[0][0], expected)
+    assert not any(loop.family.pipe.get_list_adapters().values())
+    assert isinstance(run(loop, [bad])[0][0], RenderFailed)  # it is read again
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])

@@ -117,8 +117,23 @@ def test_an_entry_that_is_wrong_says_so_and_the_file_stays(
 
     assert isinstance(result.exception, error)
     assert said in str(result.exception)
+    assert error is NotFound or f"catalog {own}: ValueError: model 'other': " in str(result.exception)
     assert own.read_text() == before
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["catalog.toml"]
+
+
+def test_a_catalog_that_cannot_be_read_or_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(tiny_sd(tmp_path / "checkpoint"))
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[models")
+
+    for catalog_file in (broken, tmp_path / "no folder" / "catalog.toml"):
+        result = add(source, "--catalog", str(catalog_file))
+
+        assert isinstance(result.exception, Misconfigured)
+        assert f"catalog {catalog_file}: " in str(result.exception)
 
 
 def test_a_name_is_taken_once(own: Path, tmp_path: Path) -> None:
@@ -253,6 +268,7 @@ def test_a_model_that_is_not_in_the_catalog_cannot_be_pulled(own: Path, tmp_path
 
     assert pulled.returncode == 1
     assert "no model 'other' in the catalog; there are mine" in pulled.stderr
+    assert f"mine: nothing to download, it lies in dir:{tmp_path}" in run_pull("mine").stdout
 
 
 def test_lcm_on_sdxl_is_added_by_its_two_repositories(
@@ -344,6 +360,17 @@ def test_verify_refuses_what_the_model_does_not_take(
 ) -> None:
     with pytest.raises(Misconfigured, match=said):
         verify.verify(tiny_model(tmp_path), **asked)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_verify_measures_no_cpu_where_a_gpu_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    assert verify.main(["starter", "--gpu", "7", "--steps", "1"]) == 1
+
+    assert "there is no GPU 7" in capsys.readouterr().err
 
 
 def test_two_frames_that_do_not_fit_are_noted_as_such(

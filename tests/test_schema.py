@@ -80,6 +80,8 @@ def test_every_operation_answers_as_it_is_documented(farm: tuple[str, str], exam
             operation = found.ok()
             if ONLY in operation.label:
                 tried += 1
+                if examples != FEW:
+                    print(f"{tried:4} {operation.label}", flush=True)  # noqa: T201 - it takes an hour
                 for mode in GenerationMode:
                     wrong += failures(operation, mode, session, examples)
     assert not wrong, "\n\n".join(wrong)

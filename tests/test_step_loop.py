@@ -19,6 +19,7 @@ from farm.features import Hires
 from tests.tiny import good, levels_apart, tiny_ask, tiny_model, tiny_steps
 from workers.engine import Ask, Pixels, Tick, open_engine, open_step_engine
 from workers.engine.samplers import fresh_sampler
+from workers.engine.step import saved
 from workers.engine.step.families import ADMITTED
 from workers.engine.step.loop import StepLoop
 from workers.engine.step.pick import BUCKETS
@@ -448,6 +449,24 @@ def test_frames_saved_in_the_middle_go_on_in_another_engine(
 
     assert set(first.steps.values()) == {(3, 6), (3, 4), (3, 7), (3, 5), (3, 3)}  # heun: two stages a step
     _same(done, quiet)
+
+
+def test_a_frame_that_memory_is_too_short_to_save_goes_on(
+    loop: StepLoop, quiet: list[Pixels], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _add(loop, _mixed(loop))
+    loop.tick()
+    with monkeypatch.context() as full:
+
+        def refuse(*_: Any) -> bytes:
+            raise NO_MEMORY
+
+        full.setattr(saved, "dump", refuse)
+
+        assert loop.save(FIRST) is None
+
+    assert loop.save(FIRST) is not None
+    _same(_finish(loop), quiet)
 
 
 def test_a_frame_saved_after_its_last_step_is_only_decoded(loop: StepLoop, quiet: list[Pixels]) -> None:

@@ -1,10 +1,12 @@
 """Whose fault a failure is, what is set aside for it, and when it is forgiven."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from farm import tokens
 from farm.accounts import Caller
@@ -12,13 +14,14 @@ from farm.catalog import Catalog, Model
 from farm.db import sql, transaction
 from farm.errors import RenderFailed
 from tests.factories import account, ask, one, submit
-from tests.tiny import tiny_model
+from tests.starting import lora_use, tiny_lora
+from tests.tiny import open_tiny, tiny_ask, tiny_model
 from workers import gpu
 from workers.ailing import note, remembered
+from workers.engine import Inputs
+from workers.engine.plain import what_is_wrong
 from workers.run import Worker
 from workers.trust import DEVICE, DEVICE_S, IN_A_ROW, MODEL_S, PAUSE_MAX_S, Ailment, Blame, Trust, too_fast
-
-FRAMES = ("a", "b", "c", "d", "e")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,6 +66,9 @@ def trust(clock: Clock, told: list[Ailment], device: Device) -> Trust:
     return Trust(probe=device.probe, tell=told.append, clock=clock)
 
 
+FRAMES = ("a", "b", "c", "d", "e")
+
+
 def fail(trust: Trust, model: str = "sd", frames: tuple[str, ...] = FRAMES[:IN_A_ROW]) -> list[Blame]:
     return [trust.bad(model, [frame], "the image is not a number") for frame in frames]
 
@@ -91,6 +97,35 @@ def test_a_model_that_renders_nothing_is_set_aside_and_the_others_go_on(
     assert trust.may("flux")
     assert trust.sick == ""
     assert told == [Ailment("sd", "the image is not a number", 1, MODEL_S)]
+
+
+def test_a_model_that_was_set_aside_is_judged_by_its_next_failure(trust: Trust, clock: Clock) -> None:
+    fail(trust)
+    clock.now += MODEL_S
+    assert trust.may("sd")
+
+    assert fail(trust, frames=("d",)) == [Blame.MODEL]
+
+    clock.now += MODEL_S
+    assert not trust.may("sd")  # longer this time
+
+
+def test_what_was_in_flight_when_a_model_was_set_aside_makes_its_pause_no_longer(
+    trust: Trust, clock: Clock, told: list[Ailment]
+) -> None:
+    fail(trust)
+    clock.now += MODEL_S
+
+    assert fail(trust, frames=("d", "e", "f", "g")) == [Blame.MODEL] * 4
+
+    assert [a.pause_s for a in told] == [MODEL_S, 2 * MODEL_S]
+
+
+def test_frames_on_a_device_that_was_set_aside_are_not_blamed(trust: Trust, device: Device) -> None:
+    device.wrong = "it computes wrong"
+    fail(trust)
+
+    assert fail(trust, "flux", frames=("d", "e")) == [Blame.DEVICE] * 2
 
 
 def test_frames_that_break_in_a_row_are_to_blame_while_a_plain_one_comes_out_well(clock: Clock) -> None:
@@ -387,7 +422,26 @@ def test_an_accounts_broken_frames_do_not_take_a_model_from_the_others(
     assert ask("SELECT DISTINCT status, attempts FROM frames") == [("failed", 3)]
 
 
-def test_an_image_that_comes_too_fast_fails(rendering: Worker) -> None:
+def test_a_plain_image_has_no_lora(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "alpha", name="alpha")
+    engine = open_tiny(model)
+    entry = tiny_lora(engine.pipe, tmp_path / "loras", "broken", 1)
+    file = tmp_path / "loras" / entry.file
+    weights = {name: value * float("nan") for name, value in load_file(file).items()}
+    save_file(weights, file)
+    plain = tiny_ask(model, loras=(lora_use("broken", entry),))
+    ask = replace(plain, inputs=Inputs(loras=(file,)))
+
+    assert isinstance(engine.render([ask], on_step=lambda done, total: None)[0], RenderFailed)
+
+    assert what_is_wrong(engine, model) == ""  # one account's LoRA takes no model from the others
+
+
+@pytest.mark.parametrize("engine", ["pipe", "step"])
+def test_an_image_that_comes_too_fast_fails(books: str, tmp_path: Path, engine: str) -> None:
+    packs_by = "shape" if engine == "step" else "call"
+    entry = tiny_model(tmp_path, name="alpha", pool="both", engine=engine, packs_by=packs_by, free=())
+    rendering = Worker("w", pool="both", models=[entry], device="cpu")
     send(rendering, account(), model="alpha")
     device = gpu.describe().name
     ask(
@@ -399,4 +453,6 @@ def test_an_image_that_comes_too_fast_fails(rendering: Worker) -> None:
 
     burst(rendering)
 
+    while burst(rendering) == "empty" and one("SELECT status FROM frames") == "queued":
+        pass
     assert "one takes 1800.000 s" in one("SELECT reason FROM frames")

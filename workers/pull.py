@@ -39,8 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         for name in options.models:
-            for place in pull(_model(name)):
+            model = _model(name)
+            for place in pull(model):
                 sys.stdout.write(f"{name}: {place}\n")
+            if not sources(model):
+                sys.stdout.write(f"{name}: nothing to download, it lies in {model.source}\n")
     except FarmError as e:
         sys.stderr.write(f"workers.pull: {e}\n")
         return 1

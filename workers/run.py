@@ -377,6 +377,7 @@ class Worker:
                     hands,
                     aside=lambda p: self._aside(p, report),
                     tell=report.add,
+                    measured_s=self._measured.get(model.name, Measured()).seconds,
                 )
                 return steps.run(pack)
         except Misconfigured as e:
@@ -447,8 +448,8 @@ class Worker:
 
         try:
             return what_is_wrong(self._engines.get(self._models[name]), self._models[name])
-        except FarmError as e:
-            return str(e)
+        except Exception as e:  # the frames it is asked about still have to go back
+            return f"{type(e).__name__}: {e}"
 
     def _tell_ailment(self, ailment: Ailment) -> None:
         try:

@@ -18,7 +18,7 @@ from farm.catalog import Model
 from farm.errors import OutOfMemory, RenderFailed
 from farm.queue import ClaimedFrame, ClaimedPack
 from farm.settings import settings
-from farm.spec import shape_key
+from farm.spec import Spec, shape_key
 from workers.books import book
 from workers.checkpoints import Checkpoints
 from workers.claims import Arrival, Claims, Room
@@ -27,7 +27,7 @@ from workers.leases import Leases
 from workers.progress import PREVIEW_EVERY_S, Progress
 from workers.shelf import Shelf
 from workers.stop import Stop
-from workers.trust import Blame, Trust
+from workers.trust import Blame, Trust, too_fast
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ class Flight:
     shape: str
     priority: int
     left: int | None = None  # steps it still needs, once it made one
+    seconds: float = 0.0  # of the ticks it took part in
+    made: float = 0.0  # share of its steps that were made here
     parked_at: float | None = None  # since when more urgent ones hold it up
 
 
@@ -90,14 +92,19 @@ class Steps:
         *,
         aside: Callable[[ClaimedPack], None],
         tell: Callable[[ClaimedPack], None],
+        measured_s: Callable[[Spec], float],
     ) -> None:
-        """aside: renders a more urgent pack of another model meanwhile. tell: hears of each pack that came."""
+        """aside: renders a more urgent pack of another model meanwhile. tell: hears of each pack that came.
+
+        measured_s: how long a frame takes at least, as verify measured it; 0 if it never did.
+        """
         self._model = model
         self._engine = engine
         self._claims = claims
         self._hands = hands
         self._aside = aside
         self._tell = tell
+        self._measured_s = measured_s
         self._flights: dict[UUID, Flight] = {}
         self._loads: dict[int, Load] = {}
         self._caps: dict[str, int] = {}
@@ -224,7 +231,10 @@ class Steps:
             if flight := self._flights.get(frame):
                 flight.load.seconds += seconds
         for frame, (done, total) in tick.steps.items():
-            self._flights[frame].left = total - done
+            flight = self._flights[frame]
+            flight.left = total - done
+            flight.seconds += tick.seconds
+            flight.made += 1 / total
         self._learn(tick)
         self._note_parked(tick, now)
         self._show(tick, now)
@@ -237,6 +247,11 @@ class Steps:
         load = flight.load
         self._hands.reached("rendered")
         self._hands.checkpoints.forget([frame])
+        measured_s = flight.made * self._measured_s(flight.frame.spec)
+        if not isinstance(result, RenderFailed) and (
+            wrong := too_fast(flight.seconds, measured_s=measured_s)
+        ):
+            result = RenderFailed(wrong)
         if (blame := self._judge(frame, result)) is Blame.FRAME:
             self._hands.shelf.put(load.pack, self._model, [flight.frame], [result], gpu_ms=load.gpu_ms)
         else:

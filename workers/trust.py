@@ -16,7 +16,7 @@ from enum import StrEnum
 
 log = logging.getLogger(__name__)
 
-IN_A_ROW = 3  # failures of as many frames, and nothing good between them
+IN_A_ROW = 3  # failures of as many frames, and nothing good between them; after a pause one is enough
 MODEL_S = 60.0  # the first pause of a model
 DEVICE_S = 120.0  # and of a device
 PAUSE_MAX_S = 3600.0
@@ -119,16 +119,18 @@ class Trust:
         """Frames went down together, or one alone. Returns who is to blame."""
         with self._lock:
             patient = self._models.setdefault(model, _Patient())
+            for known, blame in ((self._device, Blame.DEVICE), (patient, Blame.MODEL)):
+                if known.until > self._clock():  # what was in flight when it was set aside
+                    return blame
             patient.failed.update(frames)
             patient.incidents += 1
             patient.reason = reason
-            if min(patient.incidents, len(patient.failed)) < IN_A_ROW:
+            if min(patient.incidents, len(patient.failed)) < (1 if patient.times else IN_A_ROW):
                 return Blame.FRAME
             if wrong := self._probe():
                 return self._device_is_sick(wrong)
             if not self._try_model(model):
-                patient.failed.clear()
-                patient.incidents = 0
+                self.good(model)
                 return Blame.FRAME
             self._failing.add(model)
             if len(self._failing) > 1:

@@ -51,7 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     from workers import gpu
 
     gpu.limit_threads()
+    name = ""
     try:
+        if options.gpu and gpu.device() != "cuda":
+            raise Misconfigured(f"there is no GPU {options.gpu} that torch can use on this machine")
         for name in options.models:
             if name not in catalog():
                 raise Misconfigured(f"no model {name!r} in the catalog; there are {', '.join(catalog())}")
@@ -59,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
             noted = note(found)
             _say(found, noted=noted, as_json=options.json)
     except FarmError as e:
-        sys.stderr.write(f"workers.verify: {e}\n")
+        sys.stderr.write(f"workers.verify: {name}: {e}\n" if name else f"workers.verify: {e}\n")
         return 1
     return 0
 

@@ -26,6 +26,7 @@ from farm.spec import (
     MAX_PROMPT,
     MAX_SEED,
     NOTHING_GIVEN,
+    RANDOM_BITS,
     Asked,
     Spec,
     Text,
@@ -38,6 +39,7 @@ from farm.spec import (
 MAX_LINE = 1 << 20  # bytes
 MAX_NAME = 255  # characters of a custom_id
 KEPT = 4096  # templates
+FAULTS = 20  # of a line that are told: one of 1 MiB may hold a hundred thousand
 BOM = b"\xef\xbb\xbf"
 
 # NUL is in no text that is let in: these stand nowhere else
@@ -50,6 +52,7 @@ PLAIN = frozenset(
 )  # fmt: skip
 
 _encoded = json.encoder.encode_basestring_ascii
+csv.field_size_limit(MAX_LINE)  # a cell may be a data URL; Python's own limit is an eighth of that
 
 
 class Line(Asked):
@@ -187,7 +190,11 @@ class Reader:
             except csv.Error as e:
                 if taken == len(raw) and str(e) == "unexpected end of data" and not final:
                     break  # the rest of this record is still to come
-                read.errors.append(Error(line + done + 1, None, Fault("line", None, f"it must be CSV: {e}")))
+                upto = (
+                    f"; read up to line {line + taken}" if taken > done + 1 else ""
+                )  # a quote without its end
+                fault = Fault("line", None, f"it must be CSV: {e}{upto}")
+                read.errors.append(Error(line + done + 1, None, fault))
                 done = taken
                 continue
             if cells:
@@ -266,7 +273,7 @@ class Reader:
         try:
             asked = Line.model_validate(merged)
         except ValidationError as e:
-            faults = faults_of(e.errors(include_url=False), Line)
+            faults = faults_of(e.errors(include_url=False)[:FAULTS], Line)
             read.errors.extend(Error(no, name, _of_a_line(f)) for f in faults)
             return
         if any(refs_of(asked)):
@@ -319,9 +326,9 @@ class Reader:
     def _draw(self) -> int:
         """A seed at random; the system is asked for a thousand at a time."""
         for seed in self._drawn:
-            return seed >> 1
+            return seed >> (64 - RANDOM_BITS)
         self._drawn = iter(struct.unpack("1024Q", secrets.token_bytes(8192)))
-        return next(self._drawn) >> 1
+        return next(self._drawn) >> (64 - RANDOM_BITS)
 
 
 def _rest(said: dict[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ Several groups multiply, the last one turning fastest. What has no comma, as (re
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import islice, product
 from math import prod
 from typing import Any
 
@@ -25,13 +25,15 @@ from farm import weights
 from farm.bulk.lines import Reader, Row, Template
 from farm.catalog import Catalog
 from farm.errors import Fault, Invalid
-from farm.faults import faults_of
+from farm.faults import faults_in
 from farm.features import refs_of
 from farm.spec import MAX_PROMPT, MAX_SEED, Asked, Spec
 
 MAX_PROMPTS = 100_000  # that the groups of a matrix come to
+MAX_TEXT = 16 << 20  # characters of them all: a short line could come to what memory does not hold
 MAX_COMBINATIONS = 10_000  # of everything but prompts and seeds
 MAX_REPEATS = 1000
+SHOWN = 100  # faults of a kind that are told; a body holds millions
 LISTS = frozenset(
     ("control", "loras")
 )  # fields that are lists themselves: several of them are a list of lists
@@ -62,7 +64,11 @@ class Matrix:
         self._reader = Reader(models, {})
         self.templates = _templates(others, self._reader, models)
         if any(template.spec.prompt_weights for template in self.templates) and (
-            wrong := [Fault("matrix.prompt", *f) for p in self.prompts if (f := weights.fault_of(p))]
+            wrong := list(
+                islice(
+                    (Fault("matrix.prompt", *f) for p in self.prompts if (f := weights.fault_of(p))), SHOWN
+                )
+            )
         ):
             raise Invalid(wrong)
         self.count = len(self.prompts) * len(self.templates) * len(self.seeds)
@@ -117,9 +123,13 @@ def expanded(prompt: str) -> list[str]:
             raise ValueError(f"allowed are 1 to {MAX_REPEATS} repeats")
         joined = " " if group[3] else ""
         choices.append([value + joined for value in values for _ in range(repeats)])
-    if prod(map(len, choices)) > MAX_PROMPTS:
-        raise ValueError(f"its groups come to {prod(map(len, choices))} prompts; allowed are {MAX_PROMPTS}")
+    count = prod(map(len, choices))
+    if count > MAX_PROMPTS:
+        raise ValueError(f"its groups come to {count} prompts; allowed are {MAX_PROMPTS}")
     fixed.append(prompt[at:])
+    length = count * sum(map(len, fixed)) + sum(count // len(c) * sum(map(len, c)) for c in choices)
+    if length > MAX_TEXT:
+        raise ValueError(f"its groups come to {length} characters; allowed are {MAX_TEXT}")
     return [
         _plain("".join(text for pair in zip(fixed, (*chosen, ""), strict=True) for text in pair))
         for chosen in product(*choices)
@@ -136,9 +146,13 @@ def _listed(value: Any) -> list[Any]:
 
 def _prompts(axes: Mapping[str, Any], faults: list[Fault]) -> list[str]:
     made: list[str] = []
+    length = 0
     given = _listed(axes.get("prompt", []))
     if not given:
         faults.append(Fault("matrix.prompt", None, "it is required: one prompt, or a list of them"))
+    if len(given) > MAX_PROMPTS:
+        faults.append(Fault("matrix.prompt", len(given), f"allowed are {MAX_PROMPTS} prompts"))
+        return made
     for n, prompt in enumerate(given):
         at = f"matrix.prompt[{n}]" if isinstance(axes["prompt"], list) else "matrix.prompt"
         if not isinstance(prompt, str) or not 0 < len(prompt) <= MAX_PROMPT or "\0" in prompt:
@@ -155,6 +169,9 @@ def _prompts(axes: Mapping[str, Any], faults: list[Fault]) -> list[str]:
             faults.append(
                 Fault("matrix.prompt", len(made) + len(texts), f"allowed are {MAX_PROMPTS} prompts")
             )
+            return made
+        elif (length := length + sum(map(len, texts))) > MAX_TEXT:
+            faults.append(Fault("matrix.prompt", length, f"allowed are {MAX_TEXT} characters of all prompts"))
             return made
         made += texts
     return made
@@ -186,6 +203,8 @@ def _others(axes: Mapping[str, Any], faults: list[Fault]) -> list[tuple[str, Seq
     for name, value in axes.items():
         if name in ("prompt", "seed", "count"):
             continue
+        if len(faults) >= SHOWN:
+            break
         if name != "size" and name not in Asked.model_fields:
             names = ", ".join(("size", *Asked.model_fields))
             faults.append(Fault(f"matrix.{name}", value, f"there is no such field; allowed are {names}"))
@@ -195,7 +214,9 @@ def _others(axes: Mapping[str, Any], faults: list[Fault]) -> list[tuple[str, Seq
             values = [value]
         if not values:
             faults.append(Fault(f"matrix.{name}", [], "allowed are 1 items and more"))
-        if name == "size":
+        if len(values) > MAX_COMBINATIONS:
+            faults.append(Fault(f"matrix.{name}", len(values), f"allowed are {MAX_COMBINATIONS} items"))
+        elif name == "size":
             for n, size in enumerate(values):
                 if not (isinstance(size, str) and SIZE.fullmatch(size)):
                     faults.append(Fault(f"matrix.size[{n}]", size, "allowed is WIDTHxHEIGHT, as 512x768"))
@@ -228,7 +249,7 @@ def _made(said: Mapping[str, Any], reader: Reader, made: list[Template]) -> list
     try:
         asked = Asked.model_validate({**said, "prompt": "x"})
     except ValidationError as e:
-        return faults_of(e.errors(include_url=False), Asked)
+        return faults_in(e, Asked)
     if any(True for _ in refs_of(asked)):
         return [Fault("image", None, "a matrix starts from no input images; send lines, or a job")]
     if asked.style is not None or asked.prompt_enhancement:

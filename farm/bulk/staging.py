@@ -82,7 +82,7 @@ class Stage:
 
         Raises QueueFull, BudgetExceeded, Invalid for a model without a price.
         """
-        limits.check_queued(db, self._caller, len(rows))
+        limits.check_queued(db, self._caller, len(rows), before=first)
         self._read_keys(db)
         placed = self._place(db, rows)
         waiting = self._waiting(db, rows, placed)

@@ -26,7 +26,7 @@ from farm.cli import (
     webhooks,
 )
 from farm.cli.session import read_env_file
-from farm.errors import FarmError, Invalid, Unauthorized
+from farm.errors import FarmError, Invalid, TooMany, Unauthorized
 from farm.settings import settings
 
 app = typer.Typer(
@@ -61,7 +61,7 @@ def up(
     data: Annotated[Path | None, typer.Option(help="folder of the farm's data", file_okay=False)] = None,
     api_port: Annotated[int | None, typer.Option(help="8000 or FARM_API_PORT if left out")] = None,
     flower_port: Annotated[int | None, typer.Option(help="5555 or FARM_FLOWER_PORT if left out")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="processes of the starter model's pool")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="processes of each pool that a CPU can serve")] = 1,
 ) -> None:
     """Run the whole farm on this machine until Ctrl-C: what no FARM_*_URL names is embedded."""
     from farm.cli.up import run
@@ -81,7 +81,7 @@ def demo(
     data: Annotated[Path, typer.Option(help="folder of the demo's data", file_okay=False)] = Path(
         "data/demo"
     ),
-    workers: Annotated[int, typer.Option(min=1, help="processes of the starter model's pool")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="processes of each pool that a CPU can serve")] = 1,
 ) -> None:
     """Start a farm, let two accounts render, show images, bills and the audit, and stop it."""
     from farm.cli.demo import run
@@ -100,6 +100,8 @@ def main() -> None:
             show.complain(f"{fault.field}: {value}{fault.allowed}")
     except Unauthorized as e:
         show.complain(f"{e.detail or e.title}: set FARM_API_KEY, or load the farm.env that `farm up` wrote")
+    except TooMany as e:
+        show.complain(f"error: {e.detail or e.title}; come back in {e.retry_after_s} s")
     except FarmError as e:
         show.complain(f"error: {e.detail or e.title}")
     except ValidationError as e:  # of the environment

@@ -11,6 +11,8 @@ from farm.cli.session import Json, as_account, find
 
 app = typer.Typer()
 
+PAGE = 1000  # the API tells no more at once
+
 
 @app.command()
 def events(
@@ -43,6 +45,8 @@ def events(
             if job_id is None
             else farm.past_events(job_id, after=after or 0, kinds=wanted)
         )
+    if len(page) >= PAGE:
+        show.complain(f"the first {len(page)}; go on with: --after {page[-1].number}")
     if json:
         show.as_json(page)
         return

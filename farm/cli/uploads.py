@@ -76,7 +76,7 @@ def _send(farm: Farm, file: Path, said: Mapping[str, Any], *, resume: str | None
             raise typer.Exit(INTERRUPTED) from None
         except Invalid as e:
             bar.stop()
-            _refused(farm, started, e)
+            _refused(farm, file, started, e)
             raise typer.Exit(1) from None
         except FarmError:
             _go_on(file, started)
@@ -88,14 +88,20 @@ def _go_on(file: Path, started: list[Bulk]) -> None:
         show.complain(f"go on where it stopped: farm submit --file {file} --resume {started[0].id}")
 
 
-def _refused(farm: Farm, started: list[Bulk], error: Invalid) -> None:
-    """The first lines that are bad, and where the others are."""
+def _refused(farm: Farm, file: Path, started: list[Bulk], error: Invalid) -> None:
+    """The first lines that are bad, and where the others are; or what is to be done with an upload that is not over."""
     for fault in error.faults[:LISTED]:
         value = "" if fault.value is None else f"{fault.value!r} is not allowed; "
         show.complain(f"{fault.field}: {value}{fault.allowed}")
-    if started and (bad := farm.bulk(started[0].id).bad):
+    if not started:
+        return
+    upload = farm.bulk(started[0].id)
+    if upload.status == "open":  # its columns are wrong, or there is no room for all of it
+        _go_on(file, started)
+        show.complain(f"or give it up: farm bulk discard {upload.id}")
+    elif upload.bad:
         show.complain(
-            f"{bad} lines are bad, nothing was taken; all of them: farm bulk errors {started[0].id}"
+            f"{upload.bad} lines are bad, nothing was taken; all of them: farm bulk errors {upload.id}"
         )
 
 

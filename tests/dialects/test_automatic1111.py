@@ -73,6 +73,27 @@ def test_img2img_starts_from_an_image(farm: RunningFarm, webui: webuiapi.WebUIAp
     assert made.parameters["init_images"] is None
 
 
+def test_an_image_is_not_stretched_to_another_shape(webui: webuiapi.WebUIApi) -> None:
+    wide = {"images": [Image.new("RGB", (96, 64), "blue")], "prompt": RED, "override_settings": STARTER}
+
+    with pytest.raises(RuntimeError, match="with 1 it is cut to the shape") as refused:
+        webui.img2img(**wide, **SMALL)
+    cut = webui.img2img(**wide, **SMALL, resize_mode=1)
+
+    assert "resize_mode" in str(refused.value)
+    assert cut.image.size == (64, 64)
+
+
+def test_base64_may_have_line_ends(farm: RunningFarm) -> None:
+    start = base64.encodebytes(farm.native(seed=5, steps=4)[0]).decode()
+    asked = {"init_images": [start], "prompt": RED, "steps": 4, **SMALL}
+
+    made = farm.api.post("/sdapi/v1/img2img", json=asked)
+
+    assert "\n" in start
+    assert made.status_code == 200, made.text
+
+
 def test_a_mask_is_painted_where_what_the_farm_does_was_asked_for(
     farm: RunningFarm, webui: webuiapi.WebUIApi
 ) -> None:
@@ -99,6 +120,8 @@ def test_weights_loras_and_styles_are_read_as_there(farm: RunningFarm, webui: we
 
     assert rgb(made.image) == native(farm, "a (red)1.3 circle", seed=3, prompt_weights=True)[0]
     assert rgb(plain.image) == native(farm, seed=3, style="pixel-art", sampler="euler-a")[0]
+    assert made.info["prompt"] == made.info["infotexts"][0].splitlines()[0] == "a (red:1.3) circle"
+    assert plain.info["prompt"].startswith(f"{RED}, pixel art")
     with pytest.raises(RuntimeError, match="starter has none"):
         webui.txt2img(prompt=f"{RED} <lora:ink:0.8>", override_settings=STARTER, **SMALL)
     with pytest.raises(RuntimeError, match="between steps"):

@@ -91,6 +91,14 @@ def test_what_is_left_open_is_what_their_api_takes(farm: RunningFarm, client: Cl
     assert image_of(made) == farm.native(RED, seed=5, steps=30, guidance=7.0)[0]
 
 
+def test_a_seed_that_was_drawn_can_be_sent_again(client: Client) -> None:
+    drawn = invoke(client, seed=0, samples=2)
+
+    seeds = [a["seed"] for a in drawn["artifacts"]]
+    assert 0 < seeds[0] < seeds[1] <= 4_294_967_295
+    assert image_of(invoke(client, seed=seeds[0], samples=2)) == image_of(drawn)
+
+
 def test_weights_become_prompt_and_negative_prompt(farm: RunningFarm, client: Client) -> None:
     prompts = [
         {"text": "a red circle", "weight": 1.5},
@@ -276,6 +284,7 @@ def test_what_is_no_signature_is_refused(header: str) -> None:
         ({"init_image": "aGVsbG8="}, "init_image: it is no image"),
         ({"mask_source": "MASK_IMAGE_WHITE"}, "mask_source: it needs init_image"),
         ({"text_prompts": [{"text": "x", "weight": -1}]}, "weight above 0"),
+        ({"text_prompts": [{"text": "x" * 2001}]}, r"text: allowed are 1 to 2000 characters"),
         ({"prompt": "x"}, "prompt: there is no such field"),
         ({"image_strength": 0.5, "step_schedule_start": 0.5}, "say the same"),
     ],
@@ -285,6 +294,17 @@ def test_what_is_not_allowed_is_a_validation_exception(
 ) -> None:
     with pytest.raises(client.exceptions.ValidationException, match=said):
         invoke(client, **body)
+
+
+def test_a_models_arn_names_it_too(client: Client) -> None:
+    made = invoke(client, model="arn:aws:bedrock:us-east-1::foundation-model/starter", seed=11)
+
+    assert image_of(made) == image_of(invoke(client, seed=11))
+
+
+def test_streaming_is_refused_by_name(client: Client) -> None:
+    with pytest.raises(client.exceptions.ValidationException, match="starter does not stream"):
+        client.invoke_model_with_response_stream(modelId="starter", body="{}")
 
 
 def test_an_unknown_model_is_a_resource_not_found(client: Client) -> None:

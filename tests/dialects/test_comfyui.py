@@ -258,6 +258,19 @@ def test_what_is_wrong_is_said_of_its_node(
     assert answer["node_errors"][node]["dependent_outputs"] == ["9"]
 
 
+def test_of_several_samplers_the_right_one_is_blamed(script: Script) -> None:
+    prompt = graph()
+    prompt["13"] = {**prompt["3"], "inputs": {**prompt["3"]["inputs"], "positive": ["16", 0]}}
+    prompt["16"] = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["4", 1], "text": "x" * 5000}}
+    prompt["18"] = {"class_type": "VAEDecode", "inputs": {"samples": ["13", 0], "vae": ["4", 2]}}
+    prompt["19"] = {"class_type": "PreviewImage", "inputs": {"images": ["18", 0]}}
+
+    answer = refused(script, prompt)
+
+    assert list(answer["node_errors"]) == ["16"]
+    assert answer["node_errors"]["16"]["dependent_outputs"] == ["19"]
+
+
 def test_what_is_no_graph_is_refused(script: Script) -> None:
     assert refused(script, {})["error"]["type"] == "no_prompt"
     assert refused(script, {"4": GRAPH["4"]})["error"]["type"] == "prompt_no_outputs"

@@ -277,6 +277,7 @@ def test_an_unknown_model_is_not_found_and_nothing_else_is(client: OpenAI) -> No
         ({"background": "transparent"}, "background", "opaque"),
         ({"svg": {}}, "svg", "no such field"),
         ({"style": "baroque"}, "style", "vivid"),
+        ({"quality": "best"}, "quality", "auto, low, medium"),
         ({"num_inference_steps": 500}, "num_inference_steps", "1 to 100"),
         ({"prompt": ""}, "prompt", "1 to 4096"),
         ({"prompt": "a\0b"}, "prompt", "NUL"),
@@ -291,6 +292,7 @@ def test_what_is_not_allowed_is_named(
         client.images.generate(prompt=RED, extra_body=asked)  # type: ignore[arg-type]
 
     assert refused.value.param == param
+    assert refused.value.message.count(f"{param}: ") == 1  # width and height are one field there
     assert refused.value.type == "invalid_request_error"
 
 

@@ -99,6 +99,19 @@ def test_an_open_file_is_uploaded_and_started_from(
     assert pixels(output.read()) == pixels(native[0])
 
 
+def test_files_are_listed_and_deleted(client: replicate.Client, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("hello")
+
+    file = client.files.create(path)
+    listed = client.files.list()
+    deleted = client.files.delete(file.id)
+
+    assert file in listed
+    assert deleted
+    assert file.id not in [f.id for f in client.files.list()]
+
+
 def test_a_prediction_is_shown_from_its_start_to_its_end(client: replicate.Client, farm: RunningFarm) -> None:
     version = client.models.get("farm/starter").latest_version
     assert version is not None

@@ -165,6 +165,16 @@ def test_as_many_steps_run_of_an_image_as_there() -> None:
     assert int(wanted.fields["steps"] * wanted.fields["strength"] + 1e-9) == 20
 
 
+def test_seeds_are_taken_as_far_as_there() -> None:
+    asked = graph("starter", positive=["t", 0], cfg=4, scheduler="normal", seed=2**64 - 1)
+
+    (wanted,) = Walk(asked, every(), nothing).plan().wanted
+
+    assert wanted.fields["seed"] == 2**63 - 1
+    asked["k"]["inputs"]["seed"] = 2**64
+    assert "bigger than max" in str(refusal(asked).node_errors)
+
+
 def refusal(asked: Any) -> Any:
     try:
         Walk(asked, every(), nothing).plan()

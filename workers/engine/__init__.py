@@ -123,7 +123,10 @@ class StepEngine(Protocol):
         ...
 
     def save(self, frame: UUID) -> bytes | None:
-        """A frame's state as safetensors, for add(saved=…) of any worker with this model; None if not in flight."""
+        """A frame's state as safetensors, for add(saved=…) of any worker with this model.
+
+        None if it is not in flight, or cannot be saved: that costs time alone.
+        """
         ...
 
     def preview(self, frame: UUID) -> Pixels | None:

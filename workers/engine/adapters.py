@@ -11,6 +11,7 @@ import safetensors.torch
 
 from farm.errors import RenderFailed
 from farm.features import LoraUse
+from workers.engine.faults import brief
 from workers.engine.weights import check_safetensors
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,10 @@ class Adapters:
         except RenderFailed:
             raise
         except Exception as e:
-            self._drop(name)
-            raise RenderFailed(f"the LoRA {file} does not fit {type(self._pipe).__name__}: {e}") from None
+            self.drop(name)
+            raise RenderFailed(
+                f"the LoRA {file} does not fit {type(self._pipe).__name__}: {brief(e)}"
+            ) from None
         if not any(name in names for names in self._pipe.get_list_adapters().values()):
             raise RenderFailed(
                 f"the LoRA {file} does not fit {type(self._pipe).__name__}: no tensor of it has a place there"
@@ -74,9 +77,10 @@ class Adapters:
 
     def _forget(self, needed: set[str]) -> None:
         for name in [n for n in self._kept if n not in needed][: max(0, len(self._kept) - self._most)]:
-            self._drop(name)
+            self.drop(name)
 
-    def _drop(self, name: str) -> None:
+    def drop(self, name: str) -> None:
+        """Forget a LoRA; it is read again when it is wanted."""
         self._kept.pop(name, None)
         with suppress(Exception):  # of one that was never whole
             self._pipe.delete_adapters([name])

@@ -28,7 +28,12 @@ def failure(error: Exception, *, frames: list[int] | None = None) -> RenderFaile
         return error.with_traceback(None)
     if is_out_of_memory(error):
         return OutOfMemory(str(error).partition("\n")[0], **facts)
-    return RenderFailed(f"{type(error).__name__}: {error}", **facts)
+    return RenderFailed(f"{type(error).__name__}: {brief(error)}", **facts)
+
+
+def brief(error: Exception) -> str:
+    """What an error says first: torch goes on with a line for every tensor that does not fit."""
+    return " ".join(line.strip() for line in str(error).splitlines()[:2])
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -17,6 +17,7 @@ from farm.catalog import Model
 from farm.errors import RenderFailed
 from farm.features import Pass
 from workers.engine import Ask, Pixels
+from workers.engine.faults import brief
 from workers.engine.weights import net_folder
 
 NETS_KEPT = 4
@@ -105,11 +106,17 @@ class Modes:
                 folder, dtype=getattr(torch, self.model.dtype), use_safetensors=True, local_files_only=True
             )
         except Exception as e:
-            raise RenderFailed(f"the control net in {folder} cannot be loaded: {e}") from None
+            raise RenderFailed(f"the control net in {folder} cannot be loaded: {brief(e)}") from None
         width, wanted = net.config.cross_attention_dim, self.pipe.unet.config.cross_attention_dim
         if width != wanted:
             raise RenderFailed(
                 f"the control net in {folder} is of another family: its text is {width} wide, not {wanted}"
+            )
+        factor = 2 ** (len(net.config.conditioning_embedding_out_channels) - 1)
+        if factor != self.pipe.vae_scale_factor:
+            raise RenderFailed(
+                f"the control net in {folder} is of another family: its image is {factor} times as wide as the"
+                f" latents, not {self.pipe.vae_scale_factor} times"
             )
         self._nets[name] = net.to(self.device).eval()
         while len(self._nets) > NETS_KEPT:

@@ -67,7 +67,7 @@ class PipeEngine:
         self._vae_dtype = self._vae.dtype if self._vae else None
         self._stages = open_stages(model, device=device)
         self._forwards = Forwards(denoiser_of(pipe))
-        self._featured = Featured(Modes(pipe, model, device=device), guidance=self._guidance, text=self._text)
+        self.featured = Featured(Modes(pipe, model, device=device), guidance=self._guidance, text=self._text)
         self._check()
 
     @classmethod
@@ -95,7 +95,7 @@ class PipeEngine:
         tick = _Tick(on_step, [asks[0].spec.steps, *(stage.entry.steps for stage in self._stages)])
         try:
             with torch.inference_mode():
-                self._featured.adapters.use(asks[0].spec.loras, asks[0].inputs.loras)
+                self.featured.adapters.use(asks[0].spec.loras, asks[0].inputs.loras)
                 if is_featured(asks[0].spec):
                     return self._render_featured(asks, tick)
                 self._forwards.start()
@@ -112,9 +112,9 @@ class PipeEngine:
         raise failed
 
     def _render_featured(self, asks: Sequence[Ask], tick: "_Tick") -> list[Pixels | RenderFailed]:
-        parts, bad = self._featured.parts(asks)
-        tick.expect(self._featured.steps(asks, parts))
-        done = self._featured.render(asks, parts, tick)
+        parts, bad = self.featured.parts(asks)
+        tick.expect(self.featured.steps(asks, parts))
+        done = self.featured.render(asks, parts, tick)
         for index, failed in bad:  # in the order of the asks
             done.insert(index, failed)
         tick.end()

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from farm.catalog import Model
+from workers.engine.pipe import PipeEngine
 from workers.engine.samplers import fresh_sampler
 
 PROMPT = "a red circle"
@@ -17,6 +18,8 @@ def what_is_wrong(engine: Any, model: Model) -> str:
     Frames in flight are not touched: the call has a sampler of its own.
     """
     pipe = engine.pipe if hasattr(engine, "pipe") else engine.family.pipe
+    if isinstance(engine, PipeEngine):  # the last pack's LoRAs act until the next one's do
+        engine.featured.adapters.use((), ())
     own = pipe.scheduler
     steps = max(model.steps.min, min(STEPS, model.steps.max))
     side = model.side.default // model.stage_factor

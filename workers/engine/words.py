@@ -39,6 +39,10 @@ class _Layer(EmbeddingsProvider):  # type: ignore[misc]
         self, token_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         output = self.text_encoder(token_ids, attention_mask, output_hidden_states=True, return_dict=True)
+        if (most := len(output.hidden_states) - self._from_end) < (self._clip_skip or 0):
+            raise RenderFailed(
+                f"clip_skip is {self._clip_skip}, and this text encoder has {most} layers to leave out"
+            )
         hidden: torch.Tensor
         if self._from_end == 2:
             hidden = output.hidden_states[-((self._clip_skip or 0) + 2)]

@@ -26,6 +26,7 @@ from farm.submissions import Submission
 GUIDANCE, STEPS = 7.0, 30  # where a request leaves them open, and the model allows it
 IMAGE_STRENGTH = 0.35
 MAX_SEED = 4_294_967_295
+MAX_TEXT = 2000  # characters of one text
 
 # what they call the farm's samplers; the first that the model has is taken
 SAMPLERS: Mapping[str, tuple[str, ...]] = {
@@ -45,6 +46,12 @@ def _seed(value: int) -> int:
     return value
 
 
+def _short(text: str) -> str:
+    if not 1 <= len(text) <= MAX_TEXT:
+        raise ValueError(f"allowed are 1 to {MAX_TEXT} characters")
+    return text
+
+
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -53,7 +60,9 @@ class TextPrompt(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    text: Annotated[Text, Field(min_length=1, max_length=2000)]
+    text: Annotated[
+        Text, Field(json_schema_extra={"minLength": 1, "maxLength": MAX_TEXT}), AfterValidator(_short)
+    ]
     weight: Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)] | None = None
 
 

@@ -1,5 +1,6 @@
 """From a dialect's fields to a Submission, with its faults by the dialect's names."""
 
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -7,9 +8,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from farm.api.dialects.served import as_called
 from farm.errors import Fault, Invalid
-from farm.faults import faults_of
+from farm.faults import faults_in
 from farm.submissions import Submission
 from farm.webhooks import ShapedCallback
+
+# above 0, which says any in some dialects, and with room for a job's others: vendors have seeds of 32 bits, and
+# JavaScript loses digits of numbers beyond 2⁵³
+SEEDS = 2**32 - 1000
 
 
 class VendorInput(BaseModel):
@@ -29,17 +34,21 @@ class VendorInput(BaseModel):
 def submission(*specs: Mapping[str, Any], names: Mapping[str, str], **job: Any) -> Submission:
     """A job of these specs; what is None is left open. names: what the dialect calls the spec's fields.
 
+    A seed that is left open is drawn here, so that every client can read it in an answer and send it again.
     Raises Invalid.
     """
     asked = [{name: value for name, value in spec.items() if value is not None} for spec in specs]
+    for one in asked:
+        one.setdefault("seed", secrets.randbelow(SEEDS) + 1)
     said = {name: value for name, value in job.items() if value is not None}
     try:
         if len(asked) == 1:
             return Submission.model_validate({"spec": asked[0], **said})
         return Submission.model_validate({"specs": asked, **said})
     except ValidationError as e:
-        faults = faults_of(e.errors(include_url=False), Submission)
-        raise Invalid([as_called(f, names) for f in faults]) from None
+        faults = faults_in(e, Submission)
+        # of several specs it has to be said which
+        raise Invalid(as_called(faults, names) if len(asked) == 1 else faults) from None
 
 
 def callback(url: str, kinds: Sequence[str], *, shape: str, base: str, field: str) -> ShapedCallback:

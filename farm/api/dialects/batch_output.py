@@ -77,6 +77,6 @@ def _error(made: Made) -> tuple[dict[str, Any], int]:
     if made.line.error is not None:
         return dict(made.line.error["body"]), int(made.line.error["status_code"])
     if any(frame.image_id is not None for frame, _ in made.frames):
-        return error_body(410, "the images were deleted"), 410
+        return error_body(404, "the images were deleted"), 404
     reasons = dict.fromkeys(frame.reason or "it was cancelled" for frame, _ in made.frames)
     return error_body(500, f"no image came of it: {'; '.join(reasons)[:500]}"), 500

@@ -20,12 +20,13 @@ from farm.api.dialects.artifacts import Artifact, Asked, files_of, from_base64
 from farm.api.dialects.keys import WrongSignature, caller_of
 from farm.api.dialects.served import NotRendered, UnknownModel, told, translated
 from farm.api.problems import MEDIA_TYPE
-from farm.errors import BudgetExceeded, Unauthorized
+from farm.errors import BudgetExceeded, Refused, Unauthorized
 from farm.settings import settings
 
 SERVICE = "bedrock"
 INVOCATION = "amz-sdk-invocation-id"
 INVOCATION_ID = re.compile(r"[ -~]{1,200}")
+ARN = re.compile(r"^arn:aws[a-z-]*:bedrock:[a-z0-9-]*::foundation-model/")  # a model's id may follow it
 # by status: what AWS answers, and how it calls that
 KINDS = {
     400: (400, "ValidationException"),
@@ -106,7 +107,7 @@ async def invoke_model(request: Request, model_id: str) -> Response:
         raise Unauthorized("sign the request, or send an API key as 'Authorization: Bearer farm_…'")
     body = await limited(request, MAX_BODY_BYTES)
     caller = await caller_of(request, body, service=SERVICE, role=Role.SUBMIT)
-    model = served.model_named(model_id)
+    model = served.model_named(ARN.sub("", model_id))
     asked = await run_in_threadpool(read, Invocation, body)
     image = None if asked.init_image is None else from_base64(asked.init_image, field="init_image")
     mask = None if asked.mask_image is None else from_base64(asked.mask_image, field="mask_image")
@@ -123,3 +124,9 @@ async def invoke_model(request: Request, model_id: str) -> Response:
         return Response(await served.content(first), media_type=first.content_type, headers=headers)
     shown = Invoked(artifacts=await artifacts.of_job(made))
     return answered(shown.model_dump(mode="json"), headers=headers)
+
+
+@router.post("/{model_id:path}/invoke-with-response-stream", include_in_schema=False)
+async def stream_model(model_id: str) -> Response:
+    """Not served: images come whole."""
+    raise Refused(f"{model_id[:100]} does not stream: call InvokeModel")

@@ -41,9 +41,16 @@ def _opaque(text: str) -> str:
     return text
 
 
+def _known_quality(text: str) -> str:
+    if text not in QUALITIES:
+        raise ValueError(f"allowed are {', '.join(QUALITIES)}")
+    return text
+
+
 SizeText = Annotated[str, Field(max_length=20), AfterValidator(_size)]
 Name = Annotated[str, Field(max_length=200)]
-Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
+QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
+Quality = Annotated[str, Field(json_schema_extra={"enum": list(QUALITIES)}), AfterValidator(_known_quality)]
 STEPS: Mapping[str, float] = {
     "low": 0.5,
     "high": 1.5,
@@ -298,7 +305,6 @@ KINDS: Mapping[int, tuple[str, str | None, int]] = {
     405: ("invalid_request_error", None, 20014),
     408: ("timeout", "timeout", 50504),
     409: ("conflict_error", None, 20016),
-    410: ("invalid_request_error", None, 20014),
     413: ("invalid_request_error", "request_too_large", 20015),
     429: ("rate_limit_error", "rate_limit_exceeded", 50603),
     500: ("server_error", None, 50500),

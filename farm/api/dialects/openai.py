@@ -39,7 +39,7 @@ from farm.api.dialects.served import Drawn, UnknownModel, told, translated
 from farm.api.inputs import AROUND, given, kept
 from farm.api.params import IdempotencyHeader, checked_key
 from farm.errors import BudgetExceeded, FarmError, Fault, Invalid, Refused
-from farm.faults import faults_of
+from farm.faults import faults_in
 from farm.features import Given
 from farm.picture import MaskOf
 from farm.queue import FrameStatus
@@ -47,6 +47,8 @@ from farm.settings import settings
 
 LOOK_EVERY_S = 0.5  # for previews
 BREATH_S = 10.0  # a stream says at least something this often
+# their clients know no 422 and no 410: what was deleted is not found there
+AS_THEIRS = {422: 400, 410: 404}
 
 
 def errors(request: Request, error: Exception) -> Response:
@@ -57,8 +59,8 @@ def errors(request: Request, error: Exception) -> Response:
         status, code, headers["x-should-retry"] = 429, "insufficient_quota", "false"
     elif isinstance(error, UnknownModel):
         code = "model_not_found"
-    elif status == 422:
-        status = 400
+    else:
+        status = AS_THEIRS.get(status, status)
     param = "model" if code == "model_not_found" else facts.field
     return answered(error_body(status, facts.detail, param=param, code=code), status, headers=headers)
 
@@ -75,10 +77,9 @@ def documented(*statuses: int) -> Responses:
 WORDS: Mapping[int, str] = {
     400: "a field is not allowed: param says which",
     403: "this API key may not do that",
-    404: "there is no such model, file or batch",
+    404: "there is no such model, file or batch, or no more",
     408: "the images are not there yet; the job goes on, and the same call tried again waits for it",
     409: "it does not fit the state things are in",
-    410: "it was there once, and was removed",
     413: "the body is too large",
     429: "too many requests, a full queue, or a budget that does not cover it",
     500: "no image came of it",
@@ -87,8 +88,8 @@ router = APIRouter(prefix="/v1", tags=["dialects"], route_class=translated(error
 IMAGES: Mapping[str, Any] = {
     "response_class": Response,
     "responses": {
-        200: {"model": ImagesShown, "content": {"text/event-stream": {"schema": {"type": "string"}}}},
-        **documented(404, 408, 409, 410, 413, 500),
+        200: {"model": ImagesShown, "content": {"text/event-stream": {}}},
+        **documented(404, 408, 409, 413, 500),
     },
 }
 
@@ -161,7 +162,7 @@ def _edit(parts: list[forms.Part]) -> tuple[Edit, tuple[forms.Part, forms.Part |
     try:
         asked = Edit.model_validate(fields)
     except ValidationError as e:
-        faults += faults_of(e.errors(include_url=False), Edit)
+        faults += faults_in(e, Edit)
     if faults:
         raise Invalid(faults)
     return asked, (found[0], masks[0] if masks else None)

@@ -27,7 +27,7 @@ from farm.batches import MAX_LINES, BatchView, Line, Status
 from farm.catalog import catalog
 from farm.db import transaction
 from farm.errors import Fault, Gone, Invalid, NotFound
-from farm.faults import faults_of
+from farm.faults import faults_in
 from farm.features import STORED, Given
 from farm.spec import resolve
 from farm.submissions import Submission
@@ -105,7 +105,7 @@ BatchId = Annotated[str, Path(max_length=64, examples=["batch_0192f0c1a2b37c4d8e
 @router.post(
     "",
     response_model=BatchShown,
-    responses=documented(404, 409, 410, 413),
+    responses=documented(404, 409, 413),
     openapi_extra=described(
         NewBatch,
         {
@@ -225,7 +225,7 @@ def _line(no: int, text: bytes, seen: set[str]) -> Read | Fault:
     try:
         asked = Generation.model_validate(said.get("body"))
     except ValidationError as e:
-        return no, name, _wrong(no, name, Invalid(faults_of(e.errors(include_url=False), Generation)))
+        return no, name, _wrong(no, name, Invalid(faults_in(e, Generation)))
     if asked.stream:
         return no, name, _wrong(no, name, Invalid([Fault("stream", True, "a batch does not stream")]))
     return no, name, asked
@@ -269,7 +269,7 @@ def _wrong(no: int, name: str, error: Invalid | NotFound | Gone) -> Line:
         param = faults[0].field if faults else None
         message = "; ".join(f"{f.field}: {f.allowed}" for f in faults)
     else:
-        status, message = error.http_status, error.detail or error.title
+        status, message = 404, error.detail or error.title
         code = "model_not_found" if isinstance(error, UnknownModel) else None
     message = message.encode("utf-8", "replace").decode().replace("\0", "")
     body = error_body(status, message, param=param and param.encode("utf-8", "replace").decode(), code=code)
@@ -321,7 +321,7 @@ def _spec(
         assert spec
         found = resolve(spec, catalog(), given={} if image is None else {f"sha256:{image.sha256}": image})
         if isinstance(found, list):
-            raise Invalid([as_called(fault, asked.names) for fault in found])
+            raise Invalid(as_called(found, asked.names))
     except (Invalid, NotFound) as e:
         return _wrong(no, name, e)
     return Line(no, name, spec, format="b64_json" if asked.as_base64 else "url")

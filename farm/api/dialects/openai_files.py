@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Annotated, Any, Literal
+from urllib.parse import urlencode
 from uuid import UUID
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -75,6 +76,9 @@ class FilesShown(Answer):
     first_id: str | None
     last_id: str | None
     has_more: bool
+    results: list[FileOfReplicate] = Field(description="those that came as Replicate's do, in its shape")
+    next: str | None = Field(description="as Replicate's clients ask for more")
+    previous: None = None
 
 
 class FileDeleted(Answer):
@@ -195,26 +199,42 @@ def list_files(
         rows = files.every(
             db, caller.account_id, after=cursor, purpose=wanted, limit=limit + 1, oldest_first=order == "asc"
         )
+    has_more, url = len(rows) > limit, base(request)
     data = [_shown(row) for row in rows[:limit]]
     return FilesShown(
         data=data,
         first_id=data[0].id if data else None,
         last_id=data[-1].id if data else None,
-        has_more=len(rows) > limit,
+        has_more=has_more,
+        results=[_of_replicate(row, url) for row in rows[:limit] if row.purpose == INPUT],
+        next=f"{url}/v1/files?{_more(request, data[-1].id)}" if has_more else None,
     )
 
 
+def _more(request: Request, last: str) -> str:
+    """The query of the next page."""
+    return urlencode({**request.query_params, "after": last})
+
+
 # {token}: OpenAPI knows one name for a place in a path, and signed links have it too
-@router.delete("/{token}", response_model=FileDeleted, responses=documented(404, 409, 410))
-def delete_file(caller: Submitter, token: FileId) -> FileDeleted:
+@router.delete(
+    "/{token}",
+    response_model=FileDeleted,
+    responses={
+        204: {"description": "it is deleted; it came as Replicate's files do"},
+        **documented(404, 409),
+    },
+)
+def delete_file(caller: Submitter, token: FileId) -> FileDeleted | Response:
     """Delete a file. What was made from it stays."""
     file_id = files.parse(token)
     with transaction() as db:
         if (place := batches.of_file(file_id)) is not None:
             batches.find(db, caller.account_id, place[0])
             raise Conflict("a batch's own files go when the images of its jobs are deleted")
+        came_as = files.find(db, caller.account_id, file_id).purpose
         files.remove(db, caller.account_id, file_id)
-    return FileDeleted(id=token)
+    return Response(status_code=204) if came_as == INPUT else FileDeleted(id=token)
 
 
 @router.get(
@@ -222,7 +242,7 @@ def delete_file(caller: Submitter, token: FileId) -> FileDeleted:
     response_class=Response,
     responses={
         200: {"description": "the file", "content": {"application/octet-stream": {"schema": BINARY}}},
-        **documented(404, 410),
+        **documented(404),
     },
 )
 async def show_file_content(caller: Reader, file: FileId, request: Request) -> Response:
@@ -261,8 +281,11 @@ def _find(caller: Caller, file_id: UUID) -> File | tuple[batches.BatchView, int]
 
 def shown(row: File, url: str) -> Mapping[str, Any]:
     """A file in the shape of the API it came by."""
-    if row.purpose != INPUT:
-        return _shown(row).model_dump(mode="json")
+    made = _of_replicate(row, url) if row.purpose == INPUT else _shown(row)
+    return made.model_dump(mode="json")
+
+
+def _of_replicate(row: File, url: str) -> FileOfReplicate:
     name = files.public(row.id)
     expires_at = row.created_at + timedelta(days=settings().file_days)
     return FileOfReplicate(
@@ -276,7 +299,7 @@ def shown(row: File, url: str) -> Mapping[str, Any]:
         created_at=row.created_at.isoformat(),
         expires_at=expires_at.isoformat(),
         urls={"get": f"{url}/v1/files/{name}"},
-    ).model_dump(mode="json")
+    )
 
 
 def _shown(row: File) -> FileShown:

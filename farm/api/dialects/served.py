@@ -5,7 +5,7 @@ A dialect reads its own body, says what it asks for as a Submission, and writes 
 
 import json
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
@@ -94,7 +94,7 @@ async def submitted(
         digest = sha256(body).digest()
         return await run_in_threadpool(_submit, caller, whole, digest=digest, key=key, also=also)
     except Invalid as e:
-        raise Invalid([as_called(f, names or {}) for f in e.faults]) from None
+        raise Invalid(as_called(e.faults, names or {})) from None
 
 
 def _submit(
@@ -116,8 +116,13 @@ def _submit(
     return made
 
 
-def as_called(fault: Fault, names: Mapping[str, str]) -> Fault:
-    """The fault of `spec.width`, by the name the dialect's caller wrote."""
+def as_called(faults: Iterable[Fault], names: Mapping[str, str]) -> list[Fault]:
+    """Faults of `spec.width` by the name the dialect's caller wrote; what one field makes wrong is said once."""
+    named = [_as_called(fault, names) for fault in faults]
+    return list({(fault.field, fault.allowed): fault for fault in named}.values())
+
+
+def _as_called(fault: Fault, names: Mapping[str, str]) -> Fault:
     head, _, rest = fault.field.partition(".")
     path = rest if head.startswith("spec") and rest else fault.field
     first = path.partition(".")[0].partition("[")[0]

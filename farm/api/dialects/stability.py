@@ -23,7 +23,7 @@ from farm.api.params import IdempotencyHeader, checked_key
 from farm.catalog import Model, catalog
 from farm.db import transaction
 from farm.errors import Fault, Invalid
-from farm.faults import faults_of
+from farm.faults import faults_in
 from farm.features import Given
 from farm.settings import settings
 from farm.submissions import Submission
@@ -302,7 +302,7 @@ def _parse(body: bytes, content_type: str, shape: type[Asked], files: tuple[str,
     try:
         asked = shape.model_validate(fields)
     except ValidationError as e:
-        raise Invalid(faults_of(e.errors(include_url=False), shape)) from None
+        raise Invalid(faults_in(e, shape)) from None
     return _Form(asked, found, forms.same(parts))
 
 

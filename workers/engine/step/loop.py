@@ -159,7 +159,8 @@ class StepLoop:
 
     def save(self, frame: UUID) -> bytes | None:
         record = self._flight.get(frame)
-        return None if record is None else saved.dump(record, self.model)
+        state = None if record is None else self._tried(lambda: saved.dump(record, self.model))
+        return None if isinstance(state, RenderFailed) else state
 
     @torch.inference_mode()
     def preview(self, frame: UUID) -> Pixels | None:
@@ -268,6 +269,7 @@ class StepLoop:
 
     def _fewer(self, picked: Sequence[Record], no_memory: RenderFailed) -> list[Record]:
         """Halve the cap, and name the frames of the next try: none, once a frame ran out by itself too often."""
+        self.family.loras.keep([record.ask for record in self._flight.values()])
         self._release()
         picked = [r for r in picked if r.frame in self._flight]
         rows = sum(r.rows for r in picked)

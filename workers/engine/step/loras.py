@@ -4,7 +4,7 @@ PEFT's layers stay switched off, so that they compute the checkpoint's own outpu
 LoRAs bring. PEFT's own adapter_names takes one LoRA a row, and one scale for all rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,7 @@ class Mixed:
         self._names: dict[int, str] = {}  # place → adapter
         self._hooked: set[int] = set()
         self._scales: torch.Tensor | None = None  # of the forward that runs
+        self._acting: dict[int, str] = {}  # those of them that act on any of its rows
 
     @property
     def any(self) -> bool:
@@ -44,6 +45,14 @@ class Mixed:
             self._names[place] = self._adapters.load(use, file)
             self._pipe.disable_lora()
             self._hook()
+
+    def keep(self, asks: Collection[Ask]) -> None:
+        """Let go of those that none of these frames has: their memory is needed."""
+        needed = {self._places[use.name] for ask in asks for use in ask.spec.loras}
+        for place in self._names.keys() - needed:
+            name = self._names.pop(place)
+            if name not in self._names.values():  # two may be of one file
+                self._adapters.drop(name)
 
     def condition(self, ask: Ask, rows: int) -> torch.Tensor:
         scales = torch.zeros(rows, len(self._places), dtype=torch.float32)
@@ -71,7 +80,9 @@ class Mixed:
     @contextmanager
     def in_forward(self, scales: torch.Tensor | None) -> Iterator[None]:
         """Let them act on the rows of one forward."""
-        self._scales = scales if self._names else None
+        acting = scales.any(dim=0).tolist() if scales is not None and self._names else []
+        self._acting = {place: name for place, name in self._names.items() if acting and acting[place]}
+        self._scales = scales if self._acting else None
         try:
             yield
         finally:
@@ -92,11 +103,12 @@ class Mixed:
     def _added(self, layer: Any, args: Sequence[Any], output: torch.Tensor) -> torch.Tensor:
         if self._scales is None:
             return output
-        for place, name in self._names.items():
+        for place, name in self._acting.items():
             if name not in layer.lora_A:
                 continue
             down, up = layer.lora_A[name], layer.lora_B[name]
             delta = up(down(args[0].to(down.weight.dtype))) * (layer.lora_alpha[name] / layer.r[name])
             scale = self._scales[:, place].view(-1, *(1,) * (delta.ndim - 1)).to(delta.dtype)
-            output = output + (delta * scale).to(output.dtype)
+            acting = torch.where(scale == 0, 0, delta * scale)  # what overflows is no other row's business
+            output = output + acting.to(output.dtype)
         return output

@@ -299,7 +299,8 @@ def _settings(chosen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ref(text: str) -> str:
-    """The image as the farm names it: base64 alone is a data URL too."""
+    """The image as the farm names it: base64 alone is a data URL too, with or without line ends."""
+    text = "".join(text.split())
     if text.startswith(("data:", "https://", "http://", "sha256:", "inp_")):
         return text
     return f"data:;base64,{text}"

@@ -2,6 +2,8 @@
 
 import base64
 import json
+from collections.abc import Mapping
+from typing import Any
 from uuid import UUID
 
 from fastapi import APIRouter, Request, Response
@@ -25,8 +27,10 @@ from farm.api.dialects.served import (
     submitted,
     translated,
 )
+from farm.api.inputs import given
 from farm.api.params import IdempotencyHeader
 from farm.catalog import Model
+from farm.errors import Fault, Invalid
 from farm.settings import settings
 from farm.tickets import Dialect
 
@@ -34,6 +38,8 @@ router = APIRouter(
     prefix="/sdapi/v1", tags=["dialects"], route_class=translated(errors), dependencies=[OwnPages]
 )
 
+
+SAME_SHAPE = 0.05  # how far the sides' ratio of an image may be from the frame's
 
 MADE: Responses = {200: {"model": WebuiImages}, **ERRORS(402, 403, 404, 409, 410, 413, 422, 429)}
 LATE: Responses = {
@@ -64,6 +70,8 @@ async def img2img(
 
 async def _made(request: Request, caller: Caller, asked: Txt2Img, body: bytes, key: str | None) -> Response:
     spec, model = spec_of(asked)
+    if isinstance(asked, Img2Img) and not asked.resize_mode:
+        spec["image"] = await _start(caller, spec, model)
     task = (asked.force_task_id or "")[:100]
 
     def keep(db: Session, job_id: UUID) -> None:
@@ -79,10 +87,23 @@ async def _made(request: Request, caller: Caller, asked: Txt2Img, body: bytes, k
     if not found.ended:
         words = f"the images are not there yet; the job goes on as {found.name}"
         return answered({"error": "TimedOut", "detail": words, "body": "", "errors": words}, 504)
-    return await run_in_threadpool(_answer, found, model, asked)
+    return await run_in_threadpool(_answer, found, model, asked, spec)
 
 
-def _answer(found: Rendered, model: Model, asked: Txt2Img) -> Response:
+async def _start(caller: Caller, spec: Mapping[str, Any], model: Model) -> str:
+    """The image to start from. One of another shape the web UI would stretch; the farm does not.
+
+    Raises Invalid for that.
+    """
+    start = await given(caller, spec["image"], field="init_images")
+    width, height = spec["width"] or model.side.default, spec["height"] or model.side.default
+    if abs(start.width * height / (start.height * width) - 1) > SAME_SHAPE:
+        words = f"the image is {start.width} × {start.height}: with 1 it is cut to the shape of {width} × {height}"
+        raise Invalid([Fault("resize_mode", 0, words)])
+    return f"sha256:{start.sha256}"
+
+
+def _answer(found: Rendered, model: Model, asked: Txt2Img, sent: Mapping[str, Any]) -> Response:
     """The images that were made; fewer than asked for if it was interrupted.
 
     Raises RenderFailed if there is none because all failed.
@@ -94,8 +115,8 @@ def _answer(found: Rendered, model: Model, asked: Txt2Img) -> Response:
     images = []
     if asked.send_images is not False:
         images = [base64.b64encode(bytes_of(f)).decode() for f in found.done]
-    sent = asked.model_dump(mode="json", exclude_none=True)
+    parameters = asked.model_dump(mode="json", exclude_none=True)
     if isinstance(asked, Img2Img) and not asked.include_init_images:
-        sent |= {"init_images": None, "mask": None}
-    info = json.dumps(info_of(found, model, asked), default=str)
-    return answered({"images": images, "parameters": sent, "info": info})
+        parameters |= {"init_images": None, "mask": None}
+    info = json.dumps(info_of(found, model, asked, sent), default=str)
+    return answered({"images": images, "parameters": parameters, "info": info})

@@ -1,5 +1,6 @@
 """What the web UI says of images."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,17 +25,20 @@ class WebuiImages(BaseModel):
     info: str
 
 
-def info_of(found: Rendered, model: Model, asked: Txt2Img) -> dict[str, Any]:
-    """What is said of the images, as the web UI does."""
+def info_of(found: Rendered, model: Model, asked: Txt2Img, sent: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of the images, as the web UI does. sent: the spec that was made of what was asked."""
     done, spec = found.done, found.frames[0].spec
+    prompt, negative = (
+        _as_asked(asked.has(name) or "", sent[name], spec[name]) for name in ("prompt", "negative_prompt")
+    )
     sampler, schedule = samplers.webui_name(spec["sampler"])
-    texts = [infotext(f, model) for f in done]
+    texts = [infotext(f, model, prompt, negative) for f in done]
     seeds = [f.seed for f in done]
     return {
-        "prompt": spec["prompt"],
-        "all_prompts": [f.spec["prompt"] for f in done],
-        "negative_prompt": spec["negative_prompt"],
-        "all_negative_prompts": [f.spec["negative_prompt"] for f in done],
+        "prompt": prompt,
+        "all_prompts": [prompt] * len(done),
+        "negative_prompt": negative,
+        "all_negative_prompts": [negative] * len(done),
         "seed": seeds[0] if seeds else found.frames[0].seed,
         "all_seeds": seeds,
         "subseed": 0,
@@ -68,7 +72,14 @@ def info_of(found: Rendered, model: Model, asked: Txt2Img) -> dict[str, Any]:
     }
 
 
-def infotext(frame: Drawn, model: Model) -> str:
+def _as_asked(asked: str, sent: str, drawn: str) -> str:
+    """A prompt as it came, with what a style added: its weights stay as the web UI reads them, to be sent again."""
+    if drawn == sent:
+        return asked
+    return asked.rstrip(" ,.;") + drawn.removeprefix(sent.rstrip(" ,.;"))
+
+
+def infotext(frame: Drawn, model: Model, prompt: str, negative: str) -> str:
     """What the web UI writes below a picture."""
     spec = frame.spec
     sampler, schedule = samplers.webui_name(spec["sampler"])
@@ -86,7 +97,7 @@ def infotext(frame: Drawn, model: Model) -> str:
         facts["Denoising strength"] = f"{spec['strength']:g}"
     if spec.get("clip_skip"):
         facts["Clip skip"] = spec["clip_skip"] + 1
-    lines = [spec["prompt"]]
-    if spec["negative_prompt"]:
-        lines.append(f"Negative prompt: {spec['negative_prompt']}")
+    lines = [prompt]
+    if negative:
+        lines.append(f"Negative prompt: {negative}")
     return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in {**facts, "Version": VERSION}.items())])

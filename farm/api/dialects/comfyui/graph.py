@@ -17,6 +17,7 @@ from farm.api.dialects.served import model_named
 from farm.catalog import Model
 from farm.errors import FarmError, Invalid, NotFound
 from farm.features import Given
+from farm.spec import MAX_SEED
 
 Loras = tuple[tuple[str, float], ...]
 
@@ -307,7 +308,7 @@ class Walk:
             "prompt": prompt.text or " ",
             "negative_prompt": negative.text or None,
             "prompt_weights": (prompt.weighted or negative.weighted) or None,
-            "seed": found["seed"],
+            "seed": found["seed"] & MAX_SEED,
             "steps": found["steps"],
             "guidance": guidance,
             "sampler": sampler,

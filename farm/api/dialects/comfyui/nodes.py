@@ -7,9 +7,9 @@ from typing import Any
 from farm.api.dialects import samplers
 from farm.catalog import Model, catalog
 from farm.features import MAX_SCALE
-from farm.spec import MAX_SEED
 
 MAX_SIDE = 8192
+MAX_SEED = 2**64 - 1
 MOST_IMAGES = 64  # of one latent
 SUFFIX = ".safetensors"
 
