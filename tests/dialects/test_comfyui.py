@@ -340,7 +340,7 @@ def test_what_there_is_is_listed_and_api_before_it_serves_too(script: Script) ->
         stats = client.get(f"{url}/system_stats").json()
         models = client.get(f"{url}/models/checkpoints").json()
 
-    assert nodes["KSampler"]["input"]["required"]["seed"][1]["max"] == 2**63 - 1
+    assert nodes["KSampler"]["input"]["required"]["seed"][1]["max"] == 2**64 - 1
     assert nodes["SaveImage"]["output_node"] is True
     assert stats["devices"]
     assert "starter.safetensors" in models
