@@ -220,7 +220,7 @@ def _serve(number: int, pipe: Connection) -> None:
                 case "settle":
                     for frames in stored:
                         with transaction() as db:
-                            done = queue.settle(db, frames, gpu_ms={frames[0].pack_id: 40})
+                            done = queue.settle(db, frames, gpu_ms={frames[0].pack_id: 40}, commit=True)
                         assert len(done.done) == len(frames)
                 case "prepare":
                     bare = [_written(pack, frames) for pack, frames in zip(packs, stored, strict=True)]

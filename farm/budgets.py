@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 
 from farm import ids, lanes
 from farm.accounts import Caller
-from farm.db import sql, together
+from farm.db import hot, scalar, together
 from farm.errors import BudgetExceeded, Fault, Invalid
 from farm.pricing import EXACT, shown
 from farm.tables import Account, ApiKey, Budget, BudgetPause, BudgetThreshold
@@ -182,7 +182,7 @@ def _room(use: Use, *, needed: Decimal, stored: bool) -> Room:
 
 
 def _uses(db: Session, accounts: Sequence[UUID], *, key: UUID | None = None) -> list[Use]:
-    return [_use(r) for r in db.execute(sql("budget_use"), {"accounts": list(accounts), "key": key})]
+    return [_use(r) for r in hot(db, "budget_use", {"accounts": list(accounts), "key": key})]
 
 
 def _use(row: Any) -> Use:
@@ -292,22 +292,22 @@ def _faults(
 
 def fold(db: Session) -> int:
     """Fold the deltas of tallies. Returns how many there were."""
-    return int(db.scalar(sql("fold_tallies")) or 0)
+    return int(scalar(db, "fold_tallies") or 0)
 
 
 def enforce(db: Session, *, limit: int = 5000) -> int:
     """Mark the thresholds that were reached, tell of them, and do what they say. Returns how many changes that took."""
-    changed = int(db.scalar(sql("budget_mark")) or 0)
+    changed = int(scalar(db, "budget_mark") or 0)
     reached = set(
         db.scalars(select(BudgetThreshold.action).where(BudgetThreshold.reached_at.is_not(None)).distinct())
     )
     if (
         Action.CANCEL in reached
     ):  # before the pause: what is paused now may be on a device until the next round
-        changed += int(db.scalar(sql("budget_cancel"), {"n": limit}) or 0)
+        changed += int(scalar(db, "budget_cancel", {"n": limit}) or 0)
     if reached & {Action.DRAIN, Action.CANCEL}:
-        changed += int(db.scalar(sql("budget_pause"), {"n": limit}) or 0)
-    resumed = db.scalars(sql("budget_resume"), {"n": limit}).all()
+        changed += int(scalar(db, "budget_pause", {"n": limit}) or 0)
+    resumed = [r[0] for r in hot(db, "budget_resume", {"n": limit})]
     if resumed:
         lanes.open_for(db, resumed)
     return changed + len(resumed)

@@ -18,7 +18,7 @@ from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
 from farm import ids, lanes, queue
-from farm.db import sql
+from farm.db import hot
 from farm.errors import Fault, Invalid, NotFound
 from farm.tables import Job, JobAfter
 
@@ -168,7 +168,7 @@ def release(db: Session, *, limit: int = 1000) -> int:
     Returns how many, and of how many frames it took some back for a max_parallel that was lowered.
     """
     narrowed = queue.narrow_waiting(db)
-    rows = db.execute(sql("release_jobs"), {"n": limit}).all()
+    rows = hot(db, "release_jobs", {"n": limit})
     runnable = [r.id for r in rows if r.runnable]
     if runnable:
         lanes.open_for(db, runnable)
@@ -180,7 +180,7 @@ def note_late(db: Session, *, limit: int = 1000) -> int:
 
     Only the jobs are touched: the frames of one that fails follow, as those of a cancelled one do.
     """
-    rows = db.execute(sql("late_jobs"), {"n": limit}).all()
+    rows = hot(db, "late_jobs", {"n": limit})
     demoted = [r.id for r in rows if r.on_late == OnLate.DEMOTE]
     if demoted:
         lanes.open_for(db, demoted)

@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from psycopg.rows import namedtuple_row
 from sqlalchemy import Engine, TextClause, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from farm.errors import DatabaseAway, Misconfigured
+from farm.roundtrip import Rows, exchange
 from farm.settings import settings
 
 IDLE_S = 1.0
@@ -31,6 +32,7 @@ OPTIONS = (
 SQL = Path(__file__).parent / "sql"
 
 Db = Session | psycopg.Connection[Any]  # what hot() takes: of transaction(), or of direct()
+NOTHING: Mapping[str, Any] = {}
 _ROWS: dict[str, Callable[[Sequence[Any]], Any]] = {}
 
 
@@ -56,36 +58,65 @@ def _native(name: str, change: tuple[str, str] | None) -> tuple[bytes, tuple[str
 
 
 def hot(
-    db: Db, name: str, values: Mapping[str, Any], *, change: tuple[str, str] | None = None
+    db: Db,
+    name: str,
+    values: Mapping[str, Any] = NOTHING,
+    *,
+    change: tuple[str, str] | None = None,
+    commit: bool = False,
 ) -> Sequence[Any]:
     """The rows, as named tuples, of the statement in farm/sql/{name}.sql, run by psycopg itself.
 
     For what is run for every pack: what SQLAlchemy does about a statement cost a claim a third of its time.
-    change: words of it, and what stands in their place; as often as they occur.
+    change: words of it, and what stands in their place; as often as they occur. commit: as in together().
     Raises the errors that SQLAlchemy would raise.
     """
-    statement, order = _native(name, change)
-    with _raw(db, name) as raw, psycopg.RawCursor(raw) as cursor:
-        cursor.execute(statement, [values[key] for key in order])
-        if not (cursor.pgresult and cursor.pgresult.nfields):
-            return []
-        row = _ROWS.get(name) or _ROWS.setdefault(name, namedtuple_row(cursor))  # its columns are read once
-        return list(map(row, cursor.fetchall()))
+    with _raw(db, name) as raw:
+        (rows,) = _exchange(raw, [(name, change, values)], commit=commit)
+    return rows
 
 
-def together(db: Session, statements: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Sequence[Any]]:
+def scalar(db: Db, name: str, values: Mapping[str, Any] = NOTHING) -> Any:
+    """The first column of the first row as of hot(); None if there is no row."""
+    rows = hot(db, name, values)
+    return rows[0][0] if rows else None
+
+
+def together(
+    db: Session, statements: Sequence[tuple[str, Mapping[str, Any]]], *, commit: bool = False
+) -> list[Sequence[Any]]:
     """The rows of several statements as hot() takes them, sent at once: one round trip, and each sees the one before.
 
     What they lock is not held for as long as this process takes to get its turn between two of them.
+    commit: they are the transaction's last, and it ends with them; nothing can be undone after that.
     """
-    sent: list[psycopg.RawCursor[Any]] = []
     with _raw(db, "together") as raw:
-        with raw.pipeline():  # its end is the one round trip
-            for name, values in statements:
-                statement, order = _native(name, None)
-                cursor = psycopg.RawCursor(raw, row_factory=namedtuple_row)
-                sent.append(cursor.execute(statement, [values[key] for key in order]))
-        return [cursor.fetchall() if cursor.description else [] for cursor in sent]
+        return _exchange(raw, [(name, None, values) for name, values in statements], commit=commit)
+
+
+def _exchange(
+    raw: psycopg.Connection[Any],
+    statements: Sequence[tuple[str, tuple[str, str] | None, Mapping[str, Any]]],
+    *,
+    commit: bool = False,
+) -> list[Sequence[Any]]:
+    sent = []
+    for name, change, values in statements:
+        statement, order = _native(name, change)
+        sent.append((statement, [values[key] for key in order]))
+    return [
+        rows.load(_row(name, rows)) if rows.count else []
+        for (name, *_), rows in zip(statements, exchange(raw, sent, commit=commit), strict=True)
+    ]
+
+
+def _row(name: str, rows: Rows) -> Callable[[Sequence[Any]], Any]:
+    """What makes a named tuple of a statement's row. Its columns are read once."""
+    found = _ROWS.get(name)
+    if found is None:
+        kind: Any = namedtuple("Row", rows.columns(), rename=True)  # type: ignore[misc]
+        found = _ROWS[name] = kind._make
+    return found
 
 
 def array(values: Iterable[Any]) -> str:
@@ -127,6 +158,10 @@ def _raw(db: Db, name: str) -> Iterator[psycopg.Connection[Any]]:
         if lost := _is_lost(raw):
             connection.invalidate(e)
         raise _as_theirs(e, name, lost) from e
+    except BaseException:  # Ctrl-C in the middle of a round trip
+        if _is_lost(raw):
+            connection.invalidate()
+        raise
 
 
 def _is_lost(raw: psycopg.Connection[Any]) -> bool:
@@ -160,6 +195,8 @@ def _engine(pid: int, url: str) -> Engine:
         pool_timeout=5,
         connect_args={
             "connect_timeout": 3,
+            # farm/roundtrip.py prepares: where psycopg does it too, it drops what it did not prepare
+            "prepare_threshold": None,
             "options": " ".join(f"-c {option}" for option in OPTIONS),
             "keepalives_idle": 10,
             "keepalives_interval": 5,
@@ -217,6 +254,10 @@ def direct() -> Iterator[psycopg.Connection[Any]]:
             if lost := _is_lost(raw):
                 connection.invalidate(e)
             raise _as_theirs(e, "direct", lost) from e
+        except BaseException:
+            if _is_lost(raw):
+                connection.invalidate()
+            raise
         finally:
             connection.close()  # which rolls back what was not committed
 

@@ -24,7 +24,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from farm import fetch, ids, webhooks
-from farm.db import sql, transaction
+from farm.db import hot, transaction
 from farm.errors import FarmError
 from farm.fetch import NotFetched
 from farm.tables import Delivery, Event, Webhook
@@ -110,7 +110,7 @@ def lease(n: int, busy: list[Receiver], full: list[UUID]) -> list[tuple[UUID, Re
     """Lease webhooks that have something due."""
     facts = {"n": n, "lease_s": LEASE_S, "busy": [f"{a} {r}" for a, r in busy], "full": full}
     with transaction() as db:
-        return [(r.id, (r.account_id, r.receiver)) for r in db.execute(sql("lease_webhooks"), facts)]
+        return [(r.id, (r.account_id, r.receiver)) for r in hot(db, "lease_webhooks", facts)]
 
 
 def release(webhook_ids: list[UUID]) -> None:

@@ -13,7 +13,7 @@ from uuid import UUID
 from sqlalchemy import or_, select, text
 from sqlalchemy.orm import Session
 
-from farm.db import sql
+from farm.db import hot
 from farm.errors import Fault, Invalid
 from farm.tables import Event, Outbox
 
@@ -43,7 +43,7 @@ def relay(db: Session, *, limit: int = 10_000) -> int:
 
     Returns how many events got a number.
     """
-    moved = db.execute(sql("relay"), {"n": limit}).one()
+    (moved,) = hot(db, "relay", {"n": limit})
     if moved.events:
         db.execute(text("SELECT pg_notify(:channel, :last)"), {"channel": CHANNEL, "last": str(moved.last)})
     return int(moved.events)

@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from farm import budgets, control, events, ids, lanes, queue
-from farm.db import sql
+from farm.db import hot
 from farm.errors import Conflict, Gone, Invalid, NotFound
 from farm.queue import FrameStatus
 from farm.tables import Count, Frame, IdempotencyKey, Image, Job, JobLane
@@ -318,8 +318,8 @@ def approve(db: Session, account_id: UUID, job_id: UUID) -> list[str]:
     job.approved_at = db.scalars(select(func.clock_timestamp())).one()
     events.record(db, "job.approved", account_id=account_id, job_id=job_id)
     db.flush()
-    db.execute(sql("approve"), {"job": job_id, "account_id": account_id})
-    db.execute(sql("open_job_lanes"), {"jobs": [job_id]})
+    hot(db, "approve", {"job": job_id, "account_id": account_id})
+    hot(db, "open_job_lanes", {"jobs": [job_id]})
     models = _reopen(db, job_id)
     queue.refill(db, [job_id])
     return models

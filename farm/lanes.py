@@ -6,7 +6,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from farm.db import array, sql
+from farm.db import array, hot
 
 
 def opening(jobs: Sequence[UUID]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -17,5 +17,6 @@ def opening(jobs: Sequence[UUID]) -> list[tuple[str, Mapping[str, Any]]]:
 
 def open_for(db: Session, jobs: Sequence[UUID]) -> list[str]:
     """Make the lanes of these jobs active, at the end of the transaction. Returns the models to wake after it."""
-    db.execute(sql("hold_lanes"), {"jobs": list(jobs)})
-    return sorted({r.model for r in db.execute(sql("open_lanes"), {"jobs": list(jobs)})})
+    facts = {"jobs": array(jobs)}
+    hot(db, "hold_lanes", facts)
+    return sorted({r.model for r in hot(db, "open_lanes", facts)})

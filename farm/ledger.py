@@ -17,7 +17,7 @@ from sqlalchemy import func, select, text, tuple_
 from sqlalchemy.orm import Session
 
 from farm import ids, pricing
-from farm.db import sql
+from farm.db import hot, scalar, sql
 from farm.errors import Conflict, Damaged, Fault, Invalid, NotFound
 from farm.storage import Store
 from farm.tables import Image
@@ -161,7 +161,7 @@ def export(db: Session, account_id: UUID, *, cursor: int, limit: int) -> tuple[l
     Returns the rows, the cursor to go on from, and whether there may be more; limit counts events, of which some
     have no row. Nothing is skipped and nothing comes twice, whatever commits meanwhile.
     """
-    rows = db.execute(sql("usage_export"), {"account_id": account_id, "cursor": cursor, "n": limit}).all()
+    rows = hot(db, "usage_export", {"account_id": account_id, "cursor": cursor, "n": limit})
     found = [
         Entry(
             r.number, r.frame_id, r.entry == 1, r.job_id, r.model, r.method, r.currency, r.rate, r.quantity, r.amount,
@@ -194,12 +194,12 @@ def reverse(db: Session, frame_id: UUID, *, reason: str, api_key_id: UUID | None
 
 def fold_counts(db: Session, *, limit: int = 10_000) -> Sequence[UUID]:
     """Fold the counts of jobs whose frames ended, and lower their holds. Returns these jobs."""
-    return db.scalars(sql("fold_counts"), {"n": limit}).all()
+    return [r[0] for r in hot(db, "fold_counts", {"n": limit})]
 
 
 def count_delivered(db: Session, *, limit: int = 10_000) -> int:
     """Count delivered images by model, for metrics. Returns how many events were looked at."""
-    return int(db.scalar(sql("count_delivered"), {"n": limit}) or 0)
+    return int(scalar(db, "count_delivered", {"n": limit}) or 0)
 
 
 # ------------------------------------------------------------------------------------------------ audit

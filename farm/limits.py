@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from farm import ids
 from farm.accounts import Caller
-from farm.db import hot, sql
+from farm.db import hot, scalar
 from farm.errors import Fault, Invalid, QueueFull, TooLarge
 from farm.settings import settings
 from farm.tables import Account, ApiKey, Input, Limit
@@ -94,7 +94,7 @@ def _fit(db: Session, frames: int, *, before: int, used: int, allowed: int, whos
 
 def _room_in_s(db: Session, frames: int) -> int:
     """Seconds until so many frames have ended, at the pace of the last minutes."""
-    pace = db.scalar(sql("finished_pace"))
+    pace = scalar(db, "finished_pace")
     return min(LONGEST_S, max(1, ceil(frames / pace))) if pace else PACE_UNKNOWN_S
 
 

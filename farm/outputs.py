@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from farm import archive, ids, pricing
 from farm.archive import ArchiveFormat
-from farm.db import sql, transaction
+from farm.db import hot, transaction
 from farm.errors import Damaged, NotFound
 from farm.spec import CONTENT_TYPE, Format
 from farm.storage import Store
@@ -68,7 +68,7 @@ class Output:
 def page(db: Session, job_id: UUID, *, after: int = -1, limit: int = PAGE) -> list[Output]:
     """The job's frames after an index, in order. Find the job first: this looks at no account."""
     last = ids.frame_id(job_id, after)
-    return [_output(r) for r in db.execute(sql("manifest"), {"job": job_id, "after": last, "n": limit})]
+    return [_output(r) for r in hot(db, "manifest", {"job": job_id, "after": last, "n": limit})]
 
 
 def _output(row: Any) -> Output:

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import Session
 
-from farm.db import sql
+from farm.db import hot
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,5 +20,5 @@ class Pace:
 
 def of(db: Session, jobs: Sequence[UUID]) -> dict[UUID, Pace]:
     """The paces of those of these jobs of which frames were done in the last minute."""
-    rows = db.execute(sql("job_pace"), {"jobs": list(jobs)}) if jobs else ()
+    rows = hot(db, "job_pace", {"jobs": list(jobs)}) if jobs else ()
     return {r.job_id: Pace(float(r.frames / r.seconds), r.at) for r in rows}

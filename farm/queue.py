@@ -39,7 +39,7 @@ from sqlalchemy.orm import Session
 
 from farm import lanes
 from farm.catalog import PackLimit
-from farm.db import Db, array, hot, sql
+from farm.db import Db, array, hot, scalar
 from farm.settings import settings
 from farm.spec import Spec
 from farm.tables import Job, Pack
@@ -300,9 +300,9 @@ def _close(db: Db, keys: Sequence[tuple[UUID, int]]) -> None:
 def retire_lanes(db: Session) -> int:
     """Make lanes inactive that hold no open job: the next head need not look there. Returns how many it tried."""
     db.execute(ASYNC)
-    empty = db.execute(sql("empty_lanes")).all()
+    empty = hot(db, "empty_lanes")
     if empty:
-        db.execute(sql("retire"), _columns(("models", "priorities", "accounts"), empty))
+        hot(db, "retire", _columns(("models", "priorities", "accounts"), empty))
     return len(empty)
 
 
@@ -310,15 +310,13 @@ def extend(db: Session, *, worker: str, packs: Sequence[int]) -> Extended:
     """Extend the leases of these packs, and say what the worker should know of them."""
     db.execute(ASYNC)
     _hold(db, packs)  # in order: settling locks the same packs
-    rows = db.execute(
-        sql("extend"), {"packs": list(packs), "worker": worker, "lease_s": settings().lease_s}
-    ).all()
+    rows = hot(db, "extend", {"packs": list(packs), "worker": worker, "lease_s": settings().lease_s})
     return Extended({r.pack_id: frozenset(r.cancelled) for r in rows}, any(r.drain for r in rows))
 
 
 def look(db: Session, *, worker: str, packs: Sequence[int]) -> Extended:
     """Say what the worker should know of these packs, and of how urgent their frames are, without extending them."""
-    rows = db.execute(sql("look"), {"packs": list(packs), "worker": worker}).all()
+    rows = hot(db, "look", {"packs": list(packs), "worker": worker})
     cancelled: dict[int, set[UUID]] = {r.pack_id: set() for r in rows}
     for row in rows:
         if row.cancelled:
@@ -330,11 +328,17 @@ def look(db: Session, *, worker: str, packs: Sequence[int]) -> Extended:
     )
 
 
-def settle(db: Db, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, int] | None = None) -> Settled:
+def settle(
+    db: Db,
+    stored: Sequence[StoredFrame],
+    *,
+    gpu_ms: Mapping[int, int] | None = None,
+    commit: bool = False,
+) -> Settled:
     """Book stored frames as done: image, charge, count and event in this one transaction.
 
-    gpu_ms: pack id → milliseconds on the device, written down when the pack closes. Call finish() with the
-    jobs that may be over afterwards, in a transaction of its own.
+    gpu_ms: pack id → milliseconds on the device, written down when the pack closes. commit: nothing else belongs to
+    the transaction; it ends here. Call finish() with the jobs that may be over afterwards, in a transaction of its own.
     """
     if not stored:
         return Settled(frozenset(), frozenset(), frozenset())
@@ -349,6 +353,7 @@ def settle(db: Db, stored: Sequence[StoredFrame], *, gpu_ms: Mapping[int, int] |
             "jobs": array(jobs),
             "cancelled_jobs": array(r.job_id for r in locked if r.status == "cancelled"),
         },
+        commit=commit,
     )
     return Settled(
         frozenset(r.id for r in ended if not r.cancelled),
@@ -376,7 +381,7 @@ def _as_json(stored: StoredFrame, gpu_ms: Mapping[int, int]) -> dict[str, Any]:
 def finish(db: Session, jobs: Sequence[UUID]) -> None:
     """End the jobs whose frames have all ended, and refill those that go on. The sweep does both; this is sooner."""
     db.execute(ASYNC)
-    capped = db.scalars(sql("finish"), {"jobs": list(jobs)}).all()
+    capped = [r[0] for r in hot(db, "finish", {"jobs": list(jobs)})]
     if capped:
         refill(db, capped)
 
@@ -443,12 +448,12 @@ def reclaim(db: Session, *, limit: int = 100) -> int:
 
 def cancel_queued(db: Session, *, limit: int = 5000) -> int:
     """End the frames of cancelled jobs, and of those past their deadline, that are on no device. Returns how many."""
-    return db.scalar(sql("cancel_frames"), {"n": limit}) or 0
+    return scalar(db, "cancel_frames", {"n": limit}) or 0
 
 
 def release_late(db: Session, *, limit: int = 5000) -> int:
     """Take frames off devices whose job is past its deadline: cancel_queued() comes by. Returns how many."""
-    rows = db.execute(sql("late_packs"), {"n": limit}).all()
+    rows = hot(db, "late_packs", {"n": limit})
     if not rows:
         return 0
     return release(db, sorted({r.pack_id for r in rows}), frames=[r.id for r in rows])
@@ -459,16 +464,16 @@ def refill(db: Session, jobs: Sequence[UUID] | None = None, *, limit: int = 5000
 
     jobs: only of these. limit: frames of a job at a time.
     """
-    ready = db.scalars(sql("capped"), {"jobs": None if jobs is None else list(jobs)}).all()
+    ready = [r[0] for r in hot(db, "capped", {"jobs": None if jobs is None else list(jobs)})]
     if ready:
-        rows = db.execute(sql("refill"), {"jobs": ready, "n": limit}).all()
+        rows = hot(db, "refill", {"jobs": ready, "n": limit})
         _queued_again(db, [(r.job_id, r.key_no) for r in rows])
     return len(ready)
 
 
 def narrow(db: Session, job: UUID, *, limit: int = 5000) -> int:
     """Stage queued frames of a job, which the caller has locked, down to its max_parallel. Returns how many."""
-    return db.scalar(sql("narrow"), {"job": job, "n": limit}) or 0
+    return scalar(db, "narrow", {"job": job, "n": limit}) or 0
 
 
 def narrow_waiting(db: Session) -> int:
@@ -494,14 +499,14 @@ def answer(db: Session, waiting: Mapping[UUID, UUID], *, at_once: bool = False) 
         "cancelled_jobs": _lock_jobs(db, set(waiting.values())),
         "at_once": at_once,
     }
-    rows = db.execute(sql("answer"), facts).all()
+    rows = hot(db, "answer", facts)
     _queued_again(db, [(r.job_id, r.key_no) for r in rows if r.status == FrameStatus.QUEUED])
     return sum(r.status == FrameStatus.DONE for r in rows)
 
 
 def reopen_lanes(db: Session) -> int:
     """Make lanes active that hold runnable work but are not. Returns how many jobs were found waiting there."""
-    jobs = db.scalars(sql("reopen_lanes")).all()
+    jobs = [r[0] for r in hot(db, "reopen_lanes")]
     if jobs:
         lanes.open_for(db, jobs)
     return len(jobs)
@@ -517,10 +522,11 @@ def _give_back(
     gpu_ms: Mapping[int, int] | None = None,
 ) -> int:
     held = _hold(db, packs)
-    rows = db.execute(
-        sql("give_back"),
+    rows = hot(
+        db,
+        "give_back",
         {
-            "cancelled_jobs": _lock_jobs(db, db.scalars(sql("jobs_of_packs"), {"packs": held})),
+            "cancelled_jobs": _lock_jobs(db, [r[0] for r in hot(db, "jobs_of_packs", {"packs": held})]),
             "packs": held,
             "frames": None if frames is None else list(frames),
             "blame": outcome is not Outcome.RELEASED,
@@ -528,11 +534,12 @@ def _give_back(
             "max_attempts": settings().max_attempts,
             "reason": reason,
         },
-    ).all()
+    )
     if held:
         known = gpu_ms or {}
-        db.execute(
-            sql("close_packs"),
+        hot(
+            db,
+            "close_packs",
             {"packs": held, "outcome": outcome, "gpu_ms": [known.get(pack) for pack in held]},
         )
     _queued_again(db, [(r.job_id, r.key_no) for r in rows if r.status == FrameStatus.QUEUED])
@@ -542,9 +549,9 @@ def _give_back(
 def _queued_again(db: Session, keys: Sequence[tuple[UUID, int]]) -> None:
     """Open what leads to the frames of these job keys that are queued now."""
     if keys:
-        db.execute(sql("open_keys"), _columns(("jobs", "keys"), keys))
+        hot(db, "open_keys", _columns(("jobs", "keys"), keys))
         jobs = sorted({job for job, _ in keys})
-        db.execute(sql("open_job_lanes"), {"jobs": jobs})
+        hot(db, "open_job_lanes", {"jobs": jobs})
         lanes.open_for(db, jobs)
 
 
@@ -563,7 +570,7 @@ def _hold(db: Session, packs: Iterable[int]) -> Sequence[int]:
 
 def _lock_jobs(db: Session, jobs: Iterable[UUID]) -> list[UUID]:
     """Lock jobs against being cancelled: whichever commits first wins. Returns those that are cancelled already."""
-    rows = db.execute(sql("lock_jobs"), {"jobs": list(jobs)})
+    rows = hot(db, "lock_jobs", {"jobs": list(jobs)})
     return [r.id for r in rows if r.status == "cancelled"]
 
 

@@ -36,7 +36,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from farm import events, ids
-from farm.db import sql, transaction
+from farm.db import hot, sql, transaction
 from farm.errors import Conflict, FarmError, Fault, Invalid, NotFound
 from farm.settings import settings
 from farm.spec import Format
@@ -93,7 +93,7 @@ def delete_images(db: Session, account_id: UUID, job_id: UUID) -> Job:
 
 def expire(db: Session, *, limit: int = 1000) -> int:
     """Delete the images of jobs past their account's retention. Returns of how many jobs."""
-    rows = db.execute(sql("expire"), {"n": limit}).all()
+    rows = hot(db, "expire", {"n": limit})
     for row in rows:
         events.record(db, "job.images_deleted", account_id=row.account_id, job_id=row.id)
     return len(rows)
@@ -112,7 +112,7 @@ def clear(db: Session) -> int:
         return 0
     to = min(job.frames, job.images_cleared + PAGE)
     page = {"first": ids.frame_id(job.id, job.images_cleared), "last": ids.frame_id(job.id, to - 1)}
-    there, free = db.execute(sql("clear_lock"), page).one()
+    ((there, free),) = hot(db, "clear_lock", page)
     bury(db, free)
     if there != len(free):  # somebody is about to point to one of them: again, when that is decided
         return 0

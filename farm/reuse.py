@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from farm import ids, pricing, queue
 from farm.accounts import Caller
 from farm.catalog import Method
-from farm.db import sql
+from farm.db import hot
 from farm.drafts import Draft
 from farm.errors import Conflict, Invalid
 from farm.spec import quantity
@@ -62,7 +62,7 @@ def equals(
     for start in range(0, len(wanted), CHUNK):
         part = wanted[start : start + CHUNK]
         asked = {"fingerprints": [k[0] for k in part], "formats": [k[1] for k in part], "within": within}
-        rows = db.execute(sql("equals"), {"account_id": account_id, "priority": priority, **asked})
+        rows = hot(db, "equals", {"account_id": account_id, "priority": priority, **asked})
         found.update({part[r.no]: r.known for r in rows})
     return found
 
@@ -97,7 +97,7 @@ def answer_waiters(db: Session, *, rows: int = 1000, frames: int = 500) -> int:
     ).all()
     if not due:
         return 0
-    waiting = db.execute(sql("waiters"), {"due": _once(db, due), "n": frames}).all()
+    waiting = hot(db, "waiters", {"due": _once(db, due), "n": frames})
     if waiting:
         queue.answer(db, {r.id: r.job_id for r in waiting})
     full = [no for no, found in Counter(r.due for r in waiting).items() if found == frames]
@@ -223,4 +223,4 @@ def answer_known(db: Session, caller: Caller, job_id: UUID, matched: Matched) ->
     if left:
         look_later(db, caller.account_id, left)
     elif len(known) == len(matched.prints):
-        db.execute(sql("finish"), {"jobs": [job_id]})
+        hot(db, "finish", {"jobs": [job_id]})

@@ -100,8 +100,11 @@ def accept(
     body_sha256: bytes = b"",
     models: Catalog | None = None,
     rerender_of: UUID | None = None,
+    commit: bool = False,
 ) -> Accepted:
     """Accept a job: hold, keys, frames and event in this one transaction. Wake its models after the commit.
+
+    commit: nothing but this job belongs to the transaction; it may end here, along with the last statements.
 
     One that was accepted before under this idempotency key is not accepted again.
     Raises Invalid naming each field that is not allowed, Conflict if the same key is being used just now,
@@ -171,7 +174,7 @@ def accept(
             if opened.has_budget:
                 budgets.admit(db, caller, costs, first=statements, then=then)
             else:
-                together(db, [*statements, *then])
+                together(db, [*statements, *then], commit=commit)
             row = {n: v for n, v in admitted[1].items() if n in SHOWN}
             row |= {"id": job_id, "status": "active", "held": costs, "created_at": opened.began}
             return Accepted(job_id, True, names, row)

@@ -16,7 +16,7 @@ import kombu
 from celery import Celery
 from sqlalchemy.orm import Session
 
-from farm.db import sql, transaction
+from farm.db import hot, transaction
 from farm.errors import BrokerAway, FarmError, Misconfigured
 from farm.settings import settings
 
@@ -148,7 +148,7 @@ def top_up(db: Session, models: Iterable[str] | None = None) -> int:
     go stale.
     """
     wanted = None if models is None else sorted(set(models))
-    rows = db.execute(sql("idle_workers"), {"models": wanted, "lost_s": settings().worker_lost_s}).all()
+    rows = hot(db, "idle_workers", {"models": wanted, "lost_s": settings().worker_lost_s})
     lying = waiting(r.model for r in rows)
     sent = 0
     for row in rows:

@@ -25,7 +25,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from farm import events, ids
-from farm.db import sql
+from farm.db import scalar
 from farm.errors import Conflict, Fault, Invalid, Misconfigured, NotFound
 from farm.fetch import NotFetched, refuse_inside
 from farm.settings import settings
@@ -284,8 +284,8 @@ def spread(db: Session, *, limit: int = AT_ONCE, waiting: int = WAITING) -> int:
     Of a webhook at most `waiting` wait; it is told of the rest once it has caught up. Returns how many events were
     looked at, and deliveries made up for.
     """
-    looked = db.execute(sql("spread"), {"n": limit, "waiting": waiting}).scalar_one()
-    late = db.execute(sql("spread_late"), {"n": limit, "waiting": waiting}).scalar_one()
+    looked = scalar(db, "spread", {"n": limit, "waiting": waiting})
+    late = scalar(db, "spread_late", {"n": limit, "waiting": waiting})
     return int(looked) + int(late)
 
 
@@ -357,4 +357,4 @@ def _refuse_disabled(webhook: Webhook) -> None:
 
 def forget(db: Session, *, limit: int = 5000) -> int:
     """Drop what ended long ago: deliveries, and the callbacks of jobs."""
-    return int(db.execute(sql("forget_deliveries"), {"days": KEPT.days, "n": limit}).scalar_one())
+    return int(scalar(db, "forget_deliveries", {"days": KEPT.days, "n": limit}))

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from farm import accounts, jobs, lanes, ledger, pricing, queue, submissions
 from farm.accounts import Caller, Role
 from farm.catalog import BUILTIN, Catalog, Model, PackLimit, read
-from farm.db import hot, sql, transaction
+from farm.db import hot, transaction
 from farm.queue import ClaimedFrame, ClaimedPack, Settled, StoredFrame
 from farm.storage import image_key
 
@@ -282,17 +282,12 @@ def before(statement: str, act: Callable[[], object], monkeypatch: pytest.Monkey
         if name == statement and acts:
             acts.pop()()
 
-    def sql_after_act(name: str) -> Any:
+    def hot_after_act(db: Session, name: str, *values: Mapping[str, Any], **options: Any) -> Any:
         once(name)
-        return sql(name)
-
-    def hot_after_act(db: Session, name: str, values: Mapping[str, Any], **options: Any) -> Any:
-        once(name)
-        return hot(db, name, values, **options)
+        return hot(db, name, *values, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(queue, "sql", sql_after_act)
-        patch.setattr(lanes, "sql", sql_after_act)
         patch.setattr(queue, "hot", hot_after_act)
+        patch.setattr(lanes, "hot", hot_after_act)
         yield
     assert not acts, f"{statement} was not run"

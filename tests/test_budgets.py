@@ -21,7 +21,7 @@ from farm.accounts import Caller, Role
 from farm.api.app import create_app
 from farm.budgets import Action, Period, Threshold, Use
 from farm.catalog import catalog
-from farm.db import engine, transaction
+from farm.db import engine, sql, transaction
 from farm.errors import BudgetExceeded, Invalid
 from farm.settings import settings
 from farm.submissions import Submission
@@ -410,7 +410,7 @@ def test_admission_reads_neither_jobs_nor_frames(books: str) -> None:
     limit(caller, 10)
 
     with transaction() as db:
-        statement = (budgets.sql("budget_use")).text
+        statement = sql("budget_use").text
         plan = db.execute(
             text("EXPLAIN " + statement), {"accounts": [caller.account_id], "key": caller.key_id}
         ).scalars().all()  # fmt: skip

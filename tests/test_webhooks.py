@@ -21,7 +21,7 @@ from standardwebhooks.webhooks import WebhookVerificationError
 from farm import accounts, catalog, deliver, events, ids, pricing, webhooks
 from farm.accounts import Caller
 from farm.api.app import create_app
-from farm.db import transaction
+from farm.db import sql, transaction
 from farm.errors import Invalid
 from farm.settings import settings
 from farm.submissions import Submission, submit
@@ -660,8 +660,7 @@ def test_spreading_a_large_jobs_events_reads_no_table_from_end_to_end(books: str
     added(caller, "https://example.com/")
     with transaction() as db:
         plan = "\n".join(
-            r[0]
-            for r in db.execute(text("EXPLAIN " + deliver.sql("spread").text), {"n": 2000, "waiting": 1000})
+            r[0] for r in db.execute(text("EXPLAIN " + sql("spread").text), {"n": 2000, "waiting": 1000})
         )
     whole = [line for line in plan.splitlines() if "Seq Scan" in line and "deliveries_upto" not in line]
     assert not whole, plan

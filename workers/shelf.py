@@ -292,7 +292,9 @@ class Shelf:
         self._reached("before commit")
         refused: frozenset[str] = frozenset()
         try:
-            settled = book_directly(lambda db: queue.settle(db, stored, gpu_ms=gpu_ms), give_up=self._quit)
+            settled = book_directly(
+                lambda db: queue.settle(db, stored, gpu_ms=gpu_ms, commit=True), give_up=self._quit
+            )
         except IntegrityError as e:  # an image of these was deleted once: or else it is raised again
             log.info("settling again with images that were deleted: %s", e.orig)
             done = book(lambda db: settle_revived(db, stored, gpu_ms=gpu_ms), give_up=self._quit)

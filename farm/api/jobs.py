@@ -154,7 +154,12 @@ def _submit(
 ) -> tuple[answers.Job, dict[str, str]]:
     with transaction() as db:
         made = submissions.accept(
-            db, caller, submission, idempotency_key=key, body_sha256=hashlib.sha256(body).digest()
+            db,
+            caller,
+            submission,
+            idempotency_key=key,
+            body_sha256=hashlib.sha256(body).digest(),
+            commit=True,
         )
     if made.is_new:
         tokens.wake(made.models)

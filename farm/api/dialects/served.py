@@ -106,14 +106,14 @@ def _submit(
     also: Callable[[Session, UUID], None] | None,
 ) -> UUID:
     with transaction() as db:
-        made, is_new = submissions.submit(db, caller, submission, idempotency_key=key, body_sha256=digest)
-        if is_new and also is not None:
-            also(db, made)
-    if is_new:
-        with transaction() as db:
-            models = jobs.models_of(db, made)
-        tokens.wake(models)
-    return made
+        made = submissions.accept(
+            db, caller, submission, idempotency_key=key, body_sha256=digest, commit=also is None
+        )
+        if made.is_new and also is not None:
+            also(db, made.id)
+    if made.is_new:
+        tokens.wake(made.models)
+    return made.id
 
 
 def as_called(faults: Iterable[Fault], names: Mapping[str, str]) -> list[Fault]:
