@@ -45,7 +45,7 @@ def inspect(data: bytes) -> Picture:
 
     Raises ValueError with what is wrong, for whoever sent it.
     """
-    return Picture(**_in_child(data, "look"))
+    return Picture(**in_child(data, "look"))
 
 
 def mask(data: bytes, of: MaskOf) -> bytes | None:
@@ -53,15 +53,16 @@ def mask(data: bytes, of: MaskOf) -> bytes | None:
 
     Raises ValueError with what is wrong, for whoever sent it.
     """
-    found = _in_child(data, of.value)["mask"]
+    found = in_child(data, of.value)["mask"]
     return None if found is None else base64.b64decode(found)
 
 
-def _in_child(data: bytes, what: str) -> dict[str, Any]:
+def in_child(data: bytes, what: str, *, program: str = __file__) -> dict[str, Any]:
+    """What a program of ours says of the data, in a process of its own. Raises ValueError with what is wrong."""
     with AT_ONCE:
         try:
             done = subprocess.run(
-                [sys.executable, "-I", __file__, what],
+                [sys.executable, "-I", program, what],
                 input=data,
                 capture_output=True,
                 timeout=2 * CPU_S,

@@ -94,22 +94,92 @@ def test_base64_may_have_line_ends(farm: RunningFarm) -> None:
     assert made.status_code == 200, made.text
 
 
-def test_a_mask_is_painted_where_what_the_farm_does_was_asked_for(
+def half(size: tuple[int, int], left: int) -> Image.Image:
+    """A mask: what is right of left is painted."""
+    mask = Image.new("L", size)
+    mask.paste(255, (left, 0, *size))
+    return mask
+
+
+def differs(one: Image.Image, other: Image.Image, box: tuple[int, int, int, int]) -> bool:
+    return rgb(one.crop(box)) != rgb(other.crop(box))
+
+
+def test_a_mask_with_hard_edges_is_what_the_farm_does_itself(
     farm: RunningFarm, webui: webuiapi.WebUIApi
 ) -> None:
-    start = Image.open(io.BytesIO(farm.native(seed=5, steps=4)[0]))
-    mask = Image.new("L", (64, 64))
-    mask.paste(255, (32, 0, 64, 64))
-    asked = {"images": [start], "mask_image": mask, "prompt": RED, "seed": 6, **SMALL}
+    start, hole = farm.native(seed=5, steps=4)[0], io.BytesIO()
+    half((64, 64), 32).save(hole, "PNG")
 
-    with pytest.raises(RuntimeError) as refused:
-        webui.img2img(**asked, override_settings=STARTER)
     made = webui.img2img(
-        **asked, override_settings=STARTER, mask_blur=0, inpaint_full_res=False, inpainting_fill=1
-    )
+        images=[Image.open(io.BytesIO(start))], mask_image=half((64, 64), 32), prompt=RED, seed=6,
+        denoising_strength=1.0, mask_blur=0, inpaint_full_res=False, inpainting_fill=1,
+        override_settings=STARTER, **SMALL,
+    )  # fmt: skip
 
-    assert all(name in str(refused.value) for name in ("mask_blur", "inpaint_full_res", "inpainting_fill"))
-    assert made.image.size == (64, 64)
+    ids = [
+        farm.api.post("/v1/inputs", content=data, headers={"Content-Type": "image/png"}).json()["id"]
+        for data in (start, hole.getvalue())
+    ]
+    assert rgb(made.image) == native(farm, seed=6, image=ids[0], mask=ids[1], strength=1.0)[0]
+
+
+def test_a_mask_as_the_client_sends_it_by_itself_paints_that_part_at_full_size(
+    farm: RunningFarm, webui: webuiapi.WebUIApi
+) -> None:
+    # given a picture larger than what is painted, and of another shape
+    start = Image.open(io.BytesIO(farm.native(seed=5, steps=4)[0])).resize((160, 120)).convert("RGB")
+    asked = {"images": [start], "prompt": RED, "seed": 6, "override_settings": STARTER, **SMALL}
+
+    # when
+    made = webui.img2img(**asked, mask_image=half(start.size, 130)).image
+    sharp = webui.img2img(**asked, mask_image=half(start.size, 130), mask_blur=0).image
+
+    # then the size is the picture's, and what the mask leaves out is as it was
+    assert made.size == sharp.size == start.size
+    assert not differs(made, start, (0, 0, 110, 120))
+    assert differs(made, start, (120, 0, 130, 120)), "a soft edge reaches beyond the mask"
+    assert differs(made, start, (131, 0, 160, 120))
+    assert not differs(sharp, start, (0, 0, 130, 120))
+    assert differs(sharp, start, (130, 0, 160, 120))
+
+
+def test_a_mask_of_the_whole_picture_is_laid_over_it_with_a_soft_edge(
+    farm: RunningFarm, webui: webuiapi.WebUIApi
+) -> None:
+    start = Image.open(io.BytesIO(farm.native(seed=5, steps=4)[0])).convert("RGB")
+    asked = {
+        "images": [start], "prompt": RED, "seed": 6, "inpaint_full_res": False, "override_settings": STARTER,
+        **SMALL,
+    }  # fmt: skip
+
+    right = webui.img2img(**asked, mask_image=half((64, 64), 40), mask_blur=2)
+    left = webui.img2img(**asked, mask_image=half((64, 64), 40), mask_blur=2, inpainting_mask_invert=1)
+    kept = webui.img2img(**asked, mask_image=half((64, 64), 40), mask_blur=2, inpainting_fill=1)
+
+    assert not differs(right.image, start, (0, 0, 30, 64))
+    assert differs(right.image, start, (48, 0, 64, 64))
+    assert not differs(left.image, start, (50, 0, 64, 64))
+    assert differs(left.image, start, (0, 0, 30, 64))
+    assert rgb(kept.image) != rgb(right.image), "what it starts from under the mask is another"
+
+
+@pytest.mark.parametrize(
+    ("mask", "more", "said"),
+    [
+        (Image.new("L", (32, 32), 255), {}, "as the image"),
+        (Image.new("L", (64, 64)), {}, "nothing of it is to be painted"),
+        (Image.new("L", (64, 64), 255), {"inpainting_fill": 2}, "inpainting_fill"),
+        (Image.new("L", (64, 64), 255), {"mask_blur": 65}, "mask_blur"),
+    ],
+)
+def test_a_mask_that_cannot_be_used_is_refused(
+    webui: webuiapi.WebUIApi, mask: Image.Image, more: dict[str, object], said: str
+) -> None:
+    start = Image.new("RGB", (64, 64), "blue")
+
+    with pytest.raises(RuntimeError, match=said):
+        webui.img2img(images=[start], mask_image=mask, prompt=RED, override_settings=STARTER, **SMALL, **more)
 
 
 def test_weights_loras_and_styles_are_read_as_there(farm: RunningFarm, webui: webuiapi.WebUIApi) -> None:

@@ -21,7 +21,9 @@ MOST = 32  # images of a request: they are one answer
 Whole = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Words = Annotated[str, Field(strict=True, max_length=20_000)]
+Blur = Annotated[int, Field(strict=True, ge=0, le=64)]
 Flag = Annotated[bool, Field(strict=True)]
+YesNo = Flag | Annotated[int, Field(strict=True, ge=0, le=1)]
 
 
 class Txt2Img(BaseModel):
@@ -97,13 +99,19 @@ class Img2Img(Txt2Img):
     mask: Annotated[str, Field(strict=True)] | None = None
     include_init_images: Flag | None = None
     resize_mode: Whole | None = None
-    inpainting_fill: Any = None
-    inpaint_full_res: Any = None
-    inpaint_full_res_padding: Any = None
-    inpainting_mask_invert: Any = None
-    mask_blur: Any = None
-    mask_blur_x: Any = None
-    mask_blur_y: Any = None
+    inpainting_fill: Whole | None = Field(
+        None, description="0: from what surrounds it; 1: from what is there"
+    )
+    inpaint_full_res: YesNo | None = Field(
+        None, description="paint the part around the mask at the full size; true if left out"
+    )
+    inpaint_full_res_padding: Annotated[int, Field(strict=True, ge=0, le=256)] | None = Field(
+        None, description="pixels of the image around that part"
+    )
+    inpainting_mask_invert: YesNo | None = None
+    mask_blur: Blur | None = Field(None, description="pixels; 4 if left out")
+    mask_blur_x: Blur | None = None
+    mask_blur_y: Blur | None = None
     mask_round: Any = None
     initial_noise_multiplier: Any = None
     image_cfg_scale: Any = None
@@ -141,14 +149,6 @@ OF_HIRES: Mapping[str, tuple[Any, ...]] = {
     "hr_negative_prompt": (),
     "firstphase_width": (),
     "firstphase_height": (),
-}
-# the farm paints the white part of the whole picture anew, from the picture itself, with hard edges
-OF_A_MASK: Mapping[str, tuple[Any, ...]] = {
-    "mask_blur": (),
-    "mask_blur_x": (),
-    "mask_blur_y": (),
-    "inpaint_full_res": (),
-    "inpainting_mask_invert": (),
 }
 UPSCALERS = ("None", "Lanczos")
 SETTINGS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers", "samples_format", "jpeg_quality")
@@ -258,13 +258,8 @@ def _faults_of_images(asked: Img2Img) -> list[Fault]:
         faults.append(
             Fault("resize_mode", asked.resize_mode, "allowed is 1: cut to the shape; 0 where it fits")
         )
-    if asked.mask is not None:
-        faults += [
-            Fault(f.field, f.value, "the farm paints the whole picture with hard edges: send 0")
-            for f in _asked_in_vain(asked, OF_A_MASK)
-        ]
-        if asked.inpainting_fill not in (None, 1):
-            faults.append(Fault("inpainting_fill", asked.inpainting_fill, "allowed is 1, original"))
+    if asked.mask is not None and asked.inpainting_fill not in (None, 0, 1):
+        faults.append(Fault("inpainting_fill", asked.inpainting_fill, "allowed are 0, fill, and 1, original"))
     return faults
 
 

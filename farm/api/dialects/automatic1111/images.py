@@ -18,6 +18,7 @@ from farm.api.dialects import asking
 from farm.api.dialects.answers import Responses, answered
 from farm.api.dialects.automatic1111.asked import NAMES, Img2Img, Txt2Img, spec_of
 from farm.api.dialects.automatic1111.errors import ERRORS, WebuiRefusal, errors
+from farm.api.dialects.automatic1111.masks import Masked, masked
 from farm.api.dialects.automatic1111.said import WebuiImages, info_of
 from farm.api.dialects.browsers import OwnPages
 from farm.api.dialects.served import (
@@ -70,8 +71,11 @@ async def img2img(
 
 async def _made(request: Request, caller: Caller, asked: Txt2Img, body: bytes, key: str | None) -> Response:
     spec, model = spec_of(asked)
-    if isinstance(asked, Img2Img) and not asked.resize_mode:
-        spec["image"] = await _start(caller, spec, model)
+    over: Masked | None = None
+    if isinstance(asked, Img2Img):
+        if not asked.resize_mode and not (asked.mask and asked.inpaint_full_res in (None, True, 1)):
+            spec["image"] = await _start(caller, spec, model)
+        over = await masked(caller, asked, spec, model)
     task = (asked.force_task_id or "")[:100]
 
     def keep(db: Session, job_id: UUID) -> None:
@@ -87,7 +91,7 @@ async def _made(request: Request, caller: Caller, asked: Txt2Img, body: bytes, k
     if not found.ended:
         words = f"the images are not there yet; the job goes on as {found.name}"
         return answered({"error": "TimedOut", "detail": words, "body": "", "errors": words}, 504)
-    return await run_in_threadpool(_answer, found, model, asked, spec)
+    return await run_in_threadpool(_answer, found, model, asked, spec, over)
 
 
 async def _start(caller: Caller, spec: Mapping[str, Any], model: Model) -> str:
@@ -103,8 +107,10 @@ async def _start(caller: Caller, spec: Mapping[str, Any], model: Model) -> str:
     return f"sha256:{start.sha256}"
 
 
-def _answer(found: Rendered, model: Model, asked: Txt2Img, sent: Mapping[str, Any]) -> Response:
-    """The images that were made; fewer than asked for if it was interrupted.
+def _answer(
+    found: Rendered, model: Model, asked: Txt2Img, sent: Mapping[str, Any], over: Masked | None
+) -> Response:
+    """The images that were made; fewer than asked for if it was interrupted. over: what they are laid over.
 
     Raises RenderFailed if there is none because all failed.
     """
@@ -114,7 +120,8 @@ def _answer(found: Rendered, model: Model, asked: Txt2Img, sent: Mapping[str, An
         return answered({"error": "RenderFailed", "detail": words, "body": "", "errors": words}, 500)
     images = []
     if asked.send_images is not False:
-        images = [base64.b64encode(bytes_of(f)).decode() for f in found.done]
+        files = [bytes_of(f) for f in found.done]
+        images = [base64.b64encode(f).decode() for f in (over.laid_over(files) if over and files else files)]
     parameters = asked.model_dump(mode="json", exclude_none=True)
     if isinstance(asked, Img2Img) and not asked.include_init_images:
         parameters |= {"init_images": None, "mask": None}
