@@ -19,6 +19,8 @@ from psycopg.adapt import PyFormat, Transformer
 
 Statement = tuple[bytes, Sequence[Any]]  # with $1, $2 and so on, and their values
 MakeRow = Callable[[Sequence[Any]], Any]
+# what was prepared serves no longer: a migration changed its columns' types, or somebody dropped it
+STALE = (b"0A000", b"26000")
 MOST = 100  # statements prepared on a connection; one beyond that is sent whole each time
 
 _Key = tuple[bytes, tuple[int, ...]]  # a statement, and the types of its values
@@ -52,7 +54,8 @@ def exchange(
     """Run statements one after the other, in the connection's transaction; it begins here if none is open.
 
     commit: end it with them. Once a statement is refused, those after it are not run, and nothing is committed.
-    Raises psycopg's errors: that of the statement which was refused.
+    Raises psycopg's errors: that of the statement which was refused. A connection whose prepared statements no longer
+    serve is closed then: the next one prepares them anew.
     """
     if connection.closed:
         raise errors.OperationalError("the connection is closed")
@@ -86,6 +89,8 @@ def exchange(
     known.update(key for key, place in new.items() if answers[place].status == pq.ExecStatus.COMMAND_OK)
     for answer in answers:
         if answer.status == pq.ExecStatus.FATAL_ERROR:
+            if answer.error_field(pq.DiagnosticField.SQLSTATE) in STALE:
+                connection.close()
             raise errors.error_from_result(answer, encoding=connection.info.encoding)
     return [Rows(answers[place], adapting) for place in own]
 

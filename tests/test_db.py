@@ -177,6 +177,26 @@ def test_a_value_that_cannot_be_sent_leaves_the_connection_as_it_was(books: str)
         assert db.info.backend_pid == backend
 
 
+@pytest.mark.parametrize("change", ["ALTER TABLE changing ALTER it TYPE text", "DEALLOCATE ALL"])
+def test_statements_that_serve_no_longer_are_prepared_anew(books: str, change: str) -> None:
+    def read() -> list[tuple[Any, ...]]:
+        with direct() as db:
+            return exchange(db, [(b"SELECT it FROM changing", [])])[0].load(tuple)
+
+    def change_it() -> None:
+        with direct() as db:
+            db.execute(change.encode())
+
+    ask("CREATE TABLE changing (it integer)")
+    ask("INSERT INTO changing VALUES (7)")
+    assert read() == [(7,)]
+    change_it()
+
+    with pytest.raises(DatabaseAway):
+        read()
+    assert [str(*row) for row in read()] == ["7"]
+
+
 @pytest.mark.parametrize("begin", [transaction, direct])
 def test_ctrl_c_in_the_middle_closes_the_connection_and_the_next_is_another(books: str, begin: Any) -> None:
     def interrupt(_signal: int, _frame: Any) -> None:
