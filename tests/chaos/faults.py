@@ -3,6 +3,7 @@
 Everything stands in one Plan, which travels to the processes as JSON.
 """
 
+import itertools
 import logging
 import os
 import random
@@ -141,8 +142,12 @@ def install(plan: Plan) -> None:
     retention.MARGIN_S = 0.5  # nothing is under way for longer here
     logging.getLogger().addHandler(_Refusals(fate.tally))
 
+    turns = itertools.count()
+
     def settle_and_die(db, stored, **rest):
-        settled = settle(db, stored, **rest)
+        if next(turns) % 2:  # as it is: the commit goes along with the last statement
+            return settle(db, stored, **rest)
+        settled = settle(db, stored, **{**rest, "commit": False})
         fate.reached("in the transaction")
         return settled
 

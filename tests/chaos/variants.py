@@ -111,14 +111,14 @@ def _arrays(stored) -> dict[str, list]:
 def install(name: str, fate) -> None:
     """Make this process work as the variant does."""
 
-    def result_then_bill(db, stored, *, gpu_ms=None) -> Settled:
+    def result_then_bill(db, stored, *, gpu_ms=None, commit=False) -> Settled:
         settled = _result(stored)
         if settled:
             fate.reached(BETWEEN)
         _bill(stored, settled)
         return _settled(settled)
 
-    def bill_then_result(db, stored, *, gpu_ms=None) -> Settled:
+    def bill_then_result(db, stored, *, gpu_ms=None, commit=False) -> Settled:
         if _bill(stored, []):
             fate.reached(BETWEEN)
         return _settled(_result(stored))
