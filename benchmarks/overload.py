@@ -18,7 +18,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -32,6 +32,7 @@ from benchmarks.stepwise import MODEL, add_stepwise
 from farm import jobs
 from farm.accounts import Caller
 from farm.db import transaction
+from farm.errors import Conflict
 from farm.submissions import Submission
 
 OVERLOAD = 1.3
@@ -216,7 +217,8 @@ def _cancel(owners: Sequence[Caller], bulk: Sequence[UUID]) -> None:
     owner_of = "SELECT id, account_id FROM jobs WHERE id = ANY(:jobs) AND ended_at IS NULL"
     with transaction() as db:
         for job, account in db.execute(text(owner_of), {"jobs": list(bulk)}).all():
-            jobs.cancel(db, account, job)
+            with suppress(Conflict):  # it finished meanwhile
+                jobs.cancel(db, account, job)
     harness.until(lambda: not harness.how_many(bulk, "ended_at IS NULL"), limit_s=300)
 
 

@@ -12,6 +12,7 @@ import base64
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from typing import Any
@@ -57,7 +58,9 @@ def paste(image: bytes, mask: bytes, touch: Touch, pictures: list[bytes]) -> lis
     return _in_child("paste", image, mask, touch, pictures)
 
 
-def _in_child(what: str, image: bytes, mask: bytes, touch: Touch, pictures: list[bytes] = []) -> list[bytes]:  # noqa: B006
+def _in_child(
+    what: str, image: bytes, mask: bytes, touch: Touch, pictures: Sequence[bytes] = ()
+) -> list[bytes]:
     from farm import picture
 
     files = [base64.b64encode(file).decode() for file in (image, mask, *pictures)]

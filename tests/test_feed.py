@@ -1,9 +1,11 @@
 """Waiting for the end of a job, and listening to what happens, over real connections."""
 
 import asyncio
+import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +16,7 @@ from farm.accounts import Caller
 from farm.api import feed as feeding
 from farm.api.feed import Feed, Listener, Told
 from farm.api.progress import Progress
+from farm.budgets import Action
 from farm.db import engine, transaction
 from farm.ids import public
 from tests.factories import account, ask, claim, must_claim, one, settle, submit
@@ -425,6 +428,31 @@ def test_kinds_are_names_sorts_or_all() -> None:
     ]
     assert events.wants(())("anything.else")
     assert events.wants(("*",))("frame.done")
-    for bad in ("Job.*", "job.**", "", "job.x.y", "a" * 99, "job.\x00"):
-        with pytest.raises(Exception, match="allowed are kinds"):
+    for bad in (
+        "Job.*",
+        "job.**",
+        "",
+        "job.x.y",
+        "a" * 99,
+        "job.\x00",
+        "job.finnished",
+        "jobs.*",
+        "progress.*",
+    ):
+        with pytest.raises(Exception, match=r"allowed are kinds of events: \*, job\.\*"):
             events.checked_kinds([bad], field="kinds")
+
+
+def test_every_kind_that_is_recorded_may_be_asked_for() -> None:
+    sources = [*Path(events.__file__).parent.rglob("*.sql"), *Path(events.__file__).parent.rglob("*.py")]
+    recorded = {
+        kind
+        for source in sources
+        for kind in re.findall(
+            r"""(?:'|record\(\s*db, ")((?:job|frame|usage|webhook)\.[a-z_]+)['"]""", source.read_text()
+        )
+    }
+
+    assert {"job.accepted", "job.late", "frame.failed", "usage.reversed"} <= recorded
+    assert recorded | {f"budget.{action}" for action in Action} <= set(events.KINDS)
+    assert set(events.checked_kinds(events.KINDS[:20], field="kinds")) == set(events.KINDS[:20])
