@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from uuid import UUID
 
 from sqlalchemy import text
@@ -35,6 +35,7 @@ from farm.db import transaction
 from farm.errors import Conflict
 from farm.submissions import Submission
 
+Span = tuple[float, float]  # from, until
 OVERLOAD = 1.3
 FEED_EVERY_S = 0.5
 FULL_FRAMES = 16  # on the device: 32 rows, of guided ones two a frame
@@ -61,7 +62,7 @@ class Size:
 
 
 QUICK = Size(capacity=48, alone=4, stretches=1, stretch_s=12)
-FULL = Size(capacity=300, alone=30, stretches=6, stretch_s=20)
+FULL = Size(capacity=300, alone=30, stretches=12, stretch_s=10)  # the machine changes its pace meanwhile
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _measure(owners: Sequence[Caller], size: Size, log: Path) -> dict[str, float
     say(f"{images_per_s:.1f} bulk images/s at most")
     alone = _urgents(owners[3], size.alone, pause_s=0.5)
     say(f"{len(alone)} urgent frames alone")
-    spans: list[tuple[float, float]] = []
+    spans: list[Span] = []
     sent: dict[UUID, float] = {}
     with _fed(owners, OVERLOAD * images_per_s) as fed:
         harness.until(lambda: harness.how_many(list(fed), "status = 'claimed'") >= FULL_FRAMES, limit_s=60)
@@ -118,6 +119,7 @@ def _measure(owners: Sequence[Caller], size: Size, log: Path) -> dict[str, float
             sent |= came
             harness.finish(list(came))
             say(f"{len(sent)} urgent frames under load")
+        spans.append(_stretch(size.stretch_s))
     _cancel(owners, fed)
     ticks = [Tick(*json.loads(line)) for line in log.read_text().splitlines()]
     return _figures(ticks, spans, alone, _read(sent), images_per_s)
@@ -156,7 +158,7 @@ def _fed(owners: Sequence[Caller], frames_per_s: float) -> Iterator[list[UUID]]:
         feeder.join()
 
 
-def _stretch(seconds: float) -> tuple[float, float]:
+def _stretch(seconds: float) -> Span:
     began = time.time()
     time.sleep(seconds)
     return began, time.time()
@@ -227,7 +229,7 @@ def _cancel(owners: Sequence[Caller], bulk: Sequence[UUID]) -> None:
 
 def _figures(
     ticks: Sequence[Tick],
-    spans: Sequence[tuple[float, float]],
+    spans: Sequence[Span],
     alone: Sequence[Urgent],
     urgents: Sequence[Urgent],
     images_per_s: float,
@@ -235,7 +237,7 @@ def _figures(
     firsts = [_first(ticks, u) for u in urgents]
     waits_s = [u.done - u.committed for u in urgents]
     alone_s = [u.done - u.committed for u in alone]
-    kept = [_kept(ticks, spans[k], spans[k + 1]) for k in range(0, len(spans), 2)]
+    kept = [_kept(ticks, *spans[k - 1 : k + 2]) for k in range(1, len(spans), 2)]
     between = [t for span in spans[::2] for t in _within(ticks, span)]
     return {
         "urgent_p95_ticks_from_claim_to_first_step": quantile([n for n, _ in firsts], 0.95),
@@ -262,15 +264,15 @@ def _first(ticks: Sequence[Tick], urgent: Urgent) -> tuple[int, float]:
     return max(0, own - after_claim), ticks[own].began - urgent.committed - 2 * longest_s
 
 
-def _within(ticks: Sequence[Tick], span: tuple[float, float]) -> list[Tick]:
+def _within(ticks: Sequence[Tick], span: Span) -> list[Tick]:
     return [t for t in ticks if span[0] <= t.began and t.ended <= span[1]]
 
 
-def _kept(ticks: Sequence[Tick], alone: tuple[float, float], together: tuple[float, float]) -> float:
-    """Bulk throughput kept in a stretch with urgent frames, against the one before."""
-    before, during = _within(ticks, alone), _within(ticks, together)
+def _kept(ticks: Sequence[Tick], before: Span, together: Span, after: Span) -> float:
+    """Bulk throughput kept in a stretch with urgent frames, against those before and after it."""
+    during = _within(ticks, together)
     urgent, bulk = sum(t.urgent for t in during), sum(t.bulk for t in during)
-    alone_per_s = sum(t.bulk for t in before) / (alone[1] - alone[0])
+    alone_per_s = mean(sum(t.bulk for t in _within(ticks, s)) / (s[1] - s[0]) for s in (before, after))
     return bulk / (together[1] - together[0]) / (alone_per_s * (1 - urgent / (urgent + bulk)))
 
 
