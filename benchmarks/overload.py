@@ -110,11 +110,12 @@ def _measure(owners: Sequence[Caller], size: Size, log: Path) -> dict[str, float
     say(f"{len(alone)} urgent frames alone")
     spans: list[Span] = []
     sent: dict[UUID, float] = {}
+    rng = random.Random(1)
     with _fed(owners, OVERLOAD * images_per_s) as fed:
         harness.until(lambda: harness.how_many(list(fed), "status = 'claimed'") >= FULL_FRAMES, limit_s=60)
         for _ in range(size.stretches):
             spans.append(_stretch(size.stretch_s))
-            with _urgent_now_and_then(owners[3], 1 / (URGENT_SHARE * images_per_s)) as came:
+            with _urgent_now_and_then(owners[3], 1 / (URGENT_SHARE * images_per_s), rng) as came:
                 spans.append(_stretch(size.stretch_s))
             sent |= came
             harness.finish(list(came))
@@ -165,15 +166,13 @@ def _stretch(seconds: float) -> Span:
 
 
 @contextmanager
-def _urgent_now_and_then(owner: Caller, every_s: float) -> Iterator[dict[UUID, float]]:
+def _urgent_now_and_then(owner: Caller, every_s: float, rng: random.Random) -> Iterator[dict[UUID, float]]:
     """Submit urgent frames at random times. Yields the jobs sent so far, and when each was committed."""
     sent: dict[UUID, float] = {}
     over = threading.Event()
-    rng = random.Random(1)
 
     def send() -> None:
-        sent.update([_urgent(owner)])
-        while not over.wait(min(2 * every_s, rng.expovariate(1 / every_s))):
+        while not over.wait(rng.expovariate(1 / every_s)):
             sent.update([_urgent(owner)])
 
     sender = threading.Thread(target=send)
